@@ -72,7 +72,7 @@ def judge_responses(
     file: Path,
     on_verdict: Callable[[], None] = lambda: None,
 ) -> Judgements:
-    """Judge the responses that are not in the file yet. Raises UserError if the file was made with another judge or
+    """Judge the responses that are not in the file yet. Raises UserError if the file was made with a different judge or
     question, or is damaged.
 
     Args:

@@ -109,8 +109,8 @@ class CheckpointStore:
         return step == self._good_step
 
     def poll(self) -> None:
-        """Publish the save in flight if every rank has written its part. Does not wait. Raises UserError as `save`, as
-        soon as one rank has failed."""
+        """Publish the save in flight if every rank has written its part. Does not wait. Raises UserError like `save`,
+        as soon as one rank has failed."""
         if self._in_flight is None:
             return
         outcomes = gather((self._in_flight.is_written(), self._in_flight.problem))
@@ -118,7 +118,7 @@ class CheckpointStore:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if any, and publish it. Raises UserError as `save`."""
+        """Wait for the save in flight, if any, and publish it. Raises UserError like `save`."""
         save, self._in_flight = self._in_flight, None
         if save is None:
             return

@@ -131,8 +131,8 @@ def _sft(options: argparse.Namespace) -> int:
 
 
 def steps_of_epochs(files: Sequence[str], overrides: Sequence[str], epochs: float) -> int:
-    """Steps of `rollout.prompts_per_step` rows that pass over the training set this often, rounded up. Raises UserError
-    if the rows cannot be counted before the run."""
+    """Number of steps for this many passes over the training set, rounded up. Raises UserError if the rows cannot be
+    counted before the run."""
     from megatron_dsrl.config.load import load_config
     from megatron_dsrl.run.preflight import count_training_prompts
 

@@ -38,7 +38,7 @@ class ModelShape:
 
 
 def refuse(problems: Iterable[Problem]) -> None:
-    """Raise what was found, if anything was, as a UserError with one line per problem."""
+    """Raise UserError with one line per problem, if there are any."""
     lines = [f"{fields}: {what}" for fields, what in problems]
     if lines:
         raise UserError("\n".join(lines))

@@ -63,7 +63,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 
 
 def read_dumped_config(path: Path) -> dict[str, Any]:
-    """The plain data of a file of `dump_config`, perhaps of another version. Raises UserError if the file is
+    """The plain data of a file that `dump_config` wrote, possibly in another version. Raises UserError if the file is
     damaged."""
     data, _ = _read_file(path, ())
     if not data:

@@ -66,8 +66,8 @@ DOTTED_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
 def object_at(path: str) -> Any:
-    """Import what a dotted path `package.module:name` names; None if the module has nothing of this name. Raises
-    ValueError if the module cannot be imported, or the path is a file's."""
+    """Import what a dotted path `package.module:name` names; None if the module does not have it. Raises ValueError if
+    the module cannot be imported, or the path is a file's."""
     module_name, _, name = path.partition(":")
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removeprefix("./").removesuffix(".py").replace("/", ".")

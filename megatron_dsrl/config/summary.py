@@ -57,8 +57,8 @@ class RunFigures:
 
 
 def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts: int | None = None) -> RunFigures:
-    """Check a run's layout and give its figures. Raises UserError, which lists every field that does not fit, and what
-    to do.
+    """Check a run's layout and return its figures. Raises UserError, which lists every field that does not fit, and
+    what to do.
 
     Args:
         world_size: number of processes (one per GPU).

@@ -44,7 +44,7 @@ class Pair(prompts.UsableRow):
 def load_demonstrations(
     config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, max_response_tokens: int, section: str = "data"
 ) -> list[Demonstration]:
-    """All demonstrations of a set, in the order of its rows. Raises UserError as `load_prompts`, and if a row has no
+    """All demonstrations of a set, in the order of its rows. Raises UserError like `load_prompts`, and if a row has no
     response or one that is too long (`on_long_response`).
 
     Args:

@@ -58,7 +58,7 @@ def find_model(name: str) -> EvaluatedModel:
 
 def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
     """The Megatron checkpoint that a folder refers to. Does not check that it is one. Raises UserError if the
-    checkpoint is missing, or a run's checkpoint is incomplete or does not fit the companions' model.
+    checkpoint is missing, or a run's checkpoint is incomplete or does not match the companions' model.
 
     Args:
         folder: a Megatron checkpoint, a run's checkpoint, or a run, for its newest checkpoint.

@@ -116,7 +116,7 @@ class Adapter(MegatronModule):
 def add_adapters(chunks: Sequence[MegatronModule], architecture: Architecture, lora: LoraConfig) -> None:
     """Freeze a model and put adapters beside its linear layers, before it is wrapped for data parallelism.
 
-    The adapters' parameters are not initialised; fill them by their weight table (weights/peft.py).
+    The adapters' parameters are not initialised; fill them through their weight table (weights/peft.py).
     """
     for chunk in chunks:
         model = bare_model(chunk)

@@ -43,7 +43,7 @@ class RunConsole:
 
     @contextmanager
     def generation(self, step: int, samples: int) -> Iterator[Callable[[int], None]]:
-        """Show samples finished / total while the block generates `samples` responses; gone afterwards. Yields a
+        """Show samples finished / total while the block generates `samples` responses; removed afterwards. Yields a
         function to call with the number of samples that have just come back."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(

@@ -45,7 +45,7 @@ def starts_that_count(folder: Path, last_step: int) -> list[Record]:
 
 
 def compare_runs(runs: Sequence[Sequence[Record]]) -> list[ComparedFact]:
-    """Everything that may change results, of every run; packages beside the main ones only where they differ. `runs`
+    """Everything that may change results, of every run; packages other than the main ones only if they differ. `runs`
     has the starts of each that count."""
     said = [[what_computed(start) for start in starts] for starts in runs]
     names = list(dict.fromkeys(name for starts in said for facts in starts for name in facts))

@@ -59,8 +59,8 @@ def find_out(details: Details) -> dict[str, Any]:
 def record_found(
     folder: Path, command: str, found: Callable[[], Mapping[str, Any]], report: Callable[[str], None]
 ) -> None:
-    """As `record_start`, with details that are being found out already. Collective; rank 0 writes. `found` returns what
-    `find_out` did; called on rank 0 only."""
+    """Like `record_start`, with details that are already being collected. Collective; rank 0 writes. `found` returns
+    what `find_out` did; called on rank 0 only."""
     hosts = list(dict.fromkeys(gather(socket.gethostname())))
     if rank() != 0:
         return

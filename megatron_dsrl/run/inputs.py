@@ -85,8 +85,8 @@ def load_inputs(config: RunConfig) -> RunInputs:
 def within_configured_pass_rates(
     prompts: Sequence[Prompt], config: TrainingSetConfig, section: str
 ) -> Sequence[Prompt]:
-    """The prompts with their recorded pass rates, and of these the ones that the set's filter keeps. `section` is the
-    path of the set in the run's configuration, for messages."""
+    """The prompts with their recorded pass rates, and those of them that pass the set's filter. `section` is the path
+    of the set in the run's configuration, for messages."""
     if config.pass_rates_from is None:
         return prompts
     prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))

@@ -44,7 +44,7 @@ def launch(command: Sequence[str], count: int) -> int:
     """Run `count` processes of a command until all have ended; signals that end a run are passed on to them.
 
     When a process fails, the others are stopped. Main thread only. Returns the exit status: that of the first process
-    that failed, else 75 if any ended so, else 0 or that of a signal.
+    that failed, else 75 if any ended with it, else 0 or that of a signal.
     """
     port = HeldPort("127.0.0.1", None)  # kept for rank 0, which opens it seconds later
     shared = {

@@ -131,7 +131,7 @@ class RunModels:
 
 def build_models(config: RunConfig, folder: Path) -> RunModels:
     """Build the policy, and the other models that the run's phases need, as they are before the first step. `folder` is
-    the local one of `config.model.path`. Raises UserError as `build_actor` and `build_critic`."""
+    the local one of `config.model.path`. Raises UserError like `build_actor` and `build_critic`."""
     schedule = Schedule(config.phases)
     passes = [passes_of_phase(schedule.at(step)) for step in range(1, config.steps + 1)]
     actor = build_actor(config, folder)

@@ -23,8 +23,8 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """Check the run's layout against its model and data, and derive its figures.
 
     Reads only config.json of local models, and counts the rows of local prompt files. Raises UserError if a model or a
-    local prompt file is missing or unreadable, the architecture is not supported, that of critic or reference is
-    another, the layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
+    local prompt file is missing or unreadable, the architecture is not supported, the critic's or reference's differs,
+    the layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
     """
     require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
@@ -73,7 +73,7 @@ def check_models(config: RunConfig) -> None:
 
 def check_weight_files(config: RunConfig) -> None:
     """Check the weights of local models by their files' headers. Takes seconds, to import torch. Raises UserError if
-    weights of the policy or of its reference are missing, damaged or of another model."""
+    weights of the policy or of its reference are missing, damaged or those of a different model."""
     folder = Path(config.model.path).expanduser()
     if not folder.is_dir():
         return

@@ -126,7 +126,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
 
 def check_verifiers(config: RunConfig) -> None:
     """Check the verifiers of prompt sets that have their own; those of held-out sets run when an evaluation is due.
-    Raises UserError as `check_reward`."""
+    Raises UserError like `check_reward`."""
     for section, reward in config.data.set_rewards.values():
         check_reward(reward, section)
     for position, one in enumerate(config.evaluation.sets):

@@ -162,7 +162,7 @@ class _Trainings:
 
 
 def _check(run: SweepRun) -> None:
-    """Raise UserError if the run cannot start, or has no evaluations to be compared."""
+    """Raise UserError if the run cannot start, or has no evaluations to compare."""
     config = load_config(run.configs, run.settings)
     try:
         preflight(config, world_size=1)

@@ -47,8 +47,8 @@ class NewRecords:
         self._responses_of: dict[tuple[int, str], list[Record]] = {}
 
     def read(self) -> list[NewRecord]:
-        """New records by step; a step's own comes before its evaluations, and no later call goes back. Raises UserError
-        if a line is damaged."""
+        """New records by step; a step's own comes before its evaluations, and steps never decrease over calls. Raises
+        UserError if a line is damaged."""
         # In this order: a step is written before its evaluations, but responses before the evaluation they belong to.
         steps = self._steps.read()
         self._last_step = max([self._last_step, *(record["step"] for record in steps)])

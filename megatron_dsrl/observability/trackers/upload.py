@@ -36,8 +36,8 @@ def chosen_trackers(run_folder: Path, names: Sequence[str], overrides: Sequence[
 
 
 def upload(run_folder: Path, tracker: TrackerOptions) -> str:
-    """Send what the tracker does not have of a run, and say what was sent. Raises UserError if the tracker failed, or
-    another process is sending the run to it."""
+    """Send what the tracker does not have yet, and return a line that says what was sent. Raises UserError if the
+    tracker failed, or another process is sending the run to it."""
     run = read_run(run_folder)
     has_ended = bool(run.steps) and run.steps[-1]["step"] == run.total_steps
     try:
