@@ -59,8 +59,9 @@ class CoreAttention(torch.nn.Module):
         """Attend. Under context parallelism s and t count this rank's tokens.
 
         Args:
-            query: [s, b, heads, d], or [t, heads, d] if packed. key, value: the same with the number of key-value
-            heads. attention_mask: unused; the mask is causal, and sequence bounds come from `packed_seq_params`.
+            query: [s, b, heads, d], or [t, heads, d] if packed.
+            key, value: the same with the number of key-value heads.
+            attention_mask: unused; the mask is causal, and sequence bounds come from `packed_seq_params`.
             packed_seq_params: bounds of the sequences of a packed row, which cover the row. Under context parallelism
                 these are bounds of whole sequences in the whole row.
 

@@ -32,8 +32,8 @@ class RunConsole:
     def __init__(self, total_steps: int, verbose: bool = False, stream: TextIO | None = None) -> None:
         """
         Args:
-            verbose: print every figure of a step. stream: standard output by default; whether it is a terminal decides
-            width, colours and progress bars.
+            verbose: print every figure of a step.
+            stream: standard output by default; whether it is a terminal decides width, colours and progress bars.
         """
         self._console = Console(file=stream, highlight=False)
         self._total_steps = total_steps

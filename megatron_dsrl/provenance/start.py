@@ -45,8 +45,9 @@ def record_start(folder: Path, command: str, details: Details, report: Callable[
     """Append a record to the folder's `provenance.jsonl`. Collective; rank 0 writes.
 
     Args:
-        folder: that the command writes into; must exist. details: what to record besides code, packages and machine;
-        called on rank 0 only. report: called with a warning on rank 0 if there can be no record.
+        folder: that the command writes into; must exist.
+        details: what to record besides code, packages and machine; called on rank 0 only.
+        report: called with a warning on rank 0 if there can be no record.
     """
     record_found(folder, command, lambda: find_out(details), report)
 

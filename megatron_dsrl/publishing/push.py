@@ -47,8 +47,8 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
     been exported, or it has no card.
 
     Args:
-        name: folder of a run (its newest policy), of one of its exports, or any HF folder with a card. base_model: the
-        hub's name of the model that the run began with; None: found if possible.
+        name: folder of a run (its newest policy), of one of its exports, or any HF folder with a card.
+        base_model: the hub's name of the model that the run began with; None: found if possible.
     """
     model = _exported_model(name)
     files = sorted({file for pattern in AS_THEY_ARE for file in model.folder.glob(pattern) if file.is_file()})

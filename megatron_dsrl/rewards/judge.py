@@ -60,15 +60,20 @@ def judge(
     """The judge's verdict on a response, from 0 to 1.
 
     Args:
-        url: the judge's address, up to and including `/v1`. model: the judge's name at the endpoint. prompt: the
-        rendered prompt; its special tokens are removed before the judge sees it. question: what to ask, with the
-        placeholders `{prompt}`, `{answer}` and `{response}`. verdict_pattern: regular expression whose first group is
-        `right`, `wrong` or a number. The last match counts. max_score: the judge's highest score; numbers are divided
-        by it and clipped to [0, 1]. max_response_characters: longer responses are truncated on the left. max_tokens:
-        length limit of the judge's answer. try_timeout_seconds: limit of one attempt. retries: number of retries after
-        the first attempt. total_seconds: limit of all attempts together; `reward.timeout_seconds` must be longer.
-        api_key_variable: environment variable with the endpoint's key; empty for none. cache: folder in which verdicts
-        are kept; empty for none. fallback: verifier that decides if the judge does not; empty for none.
+        url: the judge's address, up to and including `/v1`.
+        model: the judge's name at the endpoint.
+        prompt: the rendered prompt; its special tokens are removed before the judge sees it.
+        question: what to ask, with the placeholders `{prompt}`, `{answer}` and `{response}`.
+        verdict_pattern: regular expression whose first group is `right`, `wrong` or a number. The last match counts.
+        max_score: the judge's highest score; numbers are divided by it and clipped to [0, 1].
+        max_response_characters: longer responses are truncated on the left.
+        max_tokens: length limit of the judge's answer.
+        try_timeout_seconds: limit of one attempt.
+        retries: number of retries after the first attempt.
+        total_seconds: limit of all attempts together; `reward.timeout_seconds` must be longer.
+        api_key_variable: environment variable with the endpoint's key; empty for none.
+        cache: folder in which verdicts are kept; empty for none.
+        fallback: verifier that decides if the judge does not; empty for none.
         fallback_options: its options.
 
     Raises:

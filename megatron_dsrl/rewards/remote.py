@@ -19,8 +19,10 @@ def remote(
     """The reward that the server returns.
 
     Args:
-        url: `http://` or `https://` address. try_timeout_seconds: limit of one attempt. retries: number of retries
-        after the first attempt. field: field of the server's answer with the reward.
+        url: `http://` or `https://` address.
+        try_timeout_seconds: limit of one attempt.
+        retries: number of retries after the first attempt.
+        field: field of the server's answer with the reward.
 
     Raises:
         RuntimeError: no attempt returned a reward; names the last failure.

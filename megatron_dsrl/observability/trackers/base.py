@@ -56,8 +56,8 @@ class TrackerRun(ABC):
         """Send the numbers of a step, or of an evaluation after it. Steps never decrease.
 
         Args:
-            step: training step; 0 is before the first. time: when they were recorded, in seconds since 1970; None if
-            the record does not say.
+            step: training step; 0 is before the first.
+            time: when they were recorded, in seconds since 1970; None if the record does not say.
         """
 
     @abstractmethod

@@ -87,8 +87,8 @@ class Training:
     def __init__(self, stream: BinaryIO, finish_seconds: float) -> None:
         """
         Args:
-            stream: standard input, unbuffered. finish_seconds: this long after the end of the training, this process
-            ends regardless.
+            stream: standard input, unbuffered.
+            finish_seconds: this long after the end of the training, this process ends regardless.
         """
         self.process = os.getppid()
         self.ended: Status | None = None

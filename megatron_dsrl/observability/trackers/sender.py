@@ -94,8 +94,8 @@ class Sender:
     def __init__(self, run_folder: Path, options: TrackerOptions, training_process: int | None = None) -> None:
         """
         Raises:
-            InUse: another process sends to the same destination. UserError: the run folder's record of the destination
-            is damaged.
+            InUse: another process sends to the same destination.
+            UserError: the run folder's record of the destination is damaged.
         """
         self._folder = run_folder
         self._options = options

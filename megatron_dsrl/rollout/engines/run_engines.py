@@ -61,8 +61,8 @@ class Engines(Protocol):
             make_buckets: gathers the weights again each time it is called; collective over all ranks.
 
         Raises:
-            EngineError: like `restart_lost`. UserError: an engine does not hold what it was sent (see
-            `engine.check_weights`).
+            EngineError: like `restart_lost`.
+            UserError: an engine does not hold what it was sent (see `engine.check_weights`).
         """
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:

@@ -64,8 +64,8 @@ class StartingServer:
         """Have the process become the server; returns at once.
 
         Args:
-            key: what every caller must send; None: the server answers everybody. log_file: its output from now on is
-            appended.
+            key: what every caller must send; None: the server answers everybody.
+            log_file: its output from now on is appended.
         """
         # Not arguments of the process, which every user of the machine could read.
         variables = {**environment, **({} if key is None else {API_KEY_VARIABLE: key})}
