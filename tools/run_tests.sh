@@ -10,6 +10,8 @@ bash "$root/tools/setup_cpu.sh" --dev
 cd "$root"
 # The CPU environment lacks SGLang's kernels for GPUs.
 export CUDA_VISIBLE_DEVICES=''
+# Many containers set this. Every process would compile all that it imports: seconds each time.
+unset PYTHONDONTWRITEBYTECODE
 # Tests compare runs bit for bit, and the number of threads changes rounding.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [[ $# -eq 0 ]]; then

@@ -23,6 +23,7 @@ bash tools/setup_cpu.sh
 export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 export CUDA_VISIBLE_DEVICES='' # the CPU environment lacks SGLang's kernels for GPUs
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+unset PYTHONDONTWRITEBYTECODE # with it, every process would compile all that it imports
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(bases learning_rate comparison warmup_lengths map remedies)
 

@@ -18,6 +18,8 @@ bash tools/setup_cpu.sh
 export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 # The CPU environment lacks SGLang's kernels for GPUs.
 export CUDA_VISIBLE_DEVICES=''
+# Many containers set this. Every process would compile all that it imports: seconds each time.
+unset PYTHONDONTWRITEBYTECODE
 # One thread, so that the figures of the tutorial can be repeated: the number of threads changes rounding.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
