@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_dsrl.actor.forward_backward import MicroBatch
 from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.actor.packing import PackedRow
+from megatron_dsrl.actor.sharded_model import TrainableModel, require_finite
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
-from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
 from megatron_dsrl.algorithms.importance import mismatch_metrics
 from megatron_dsrl.algorithms.losses import ScoredTokens

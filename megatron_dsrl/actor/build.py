@@ -7,7 +7,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
-from megatron_dsrl.actor.trainable_model import TrainableModel
+from megatron_dsrl.actor.sharded_model import TrainableModel
 from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import CRITIC_MAY_DIFFER, check_same_architecture, read_architecture

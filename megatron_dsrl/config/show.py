@@ -6,16 +6,8 @@ import textwrap
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dsrl.config.describe import (
-    Place,
-    default_of,
-    documentation,
-    function_of,
-    limits_of,
-    meaning_of,
-    tags,
-    type_of,
-)
+from megatron_dsrl.config import describe
+from megatron_dsrl.config.describe import Place
 from megatron_dsrl.config.registry import options_of
 from megatron_dsrl.config.section import Section
 
@@ -26,19 +18,19 @@ def show(place: Place, console: Console) -> None:
         console.print(place.path, style="bold")
         _indented(console, _type_and_default(place), 2)
         console.print()
-        _indented(console, meaning_of(place), 2)
+        _indented(console, describe.meaning_of(place), 2)
     else:
         if place.path:
             console.print(place.path, style="bold")
-        _indented(console, documentation(place.section), 2 if place.path else 0)
+        _indented(console, describe.documentation(place.section), 2 if place.path else 0)
     if len(place.sections) > 1:
         _show_choices(console, place.sections)
     elif place.sections:
         _show_fields(console, place.sections[0])
-    elif place.field is not None and (function := function_of(place.field)) is not None:
+    elif place.field is not None and (function := describe.function_of(place.field)) is not None:
         console.print("\nbuilt in", style="bold")
         for name, built_in in function.functions().items():
-            _entry(console, name, "", documentation(built_in).partition("\n\n")[0])
+            _entry(console, name, "", describe.documentation(built_in).partition("\n\n")[0])
             for option in options_of(built_in):
                 required = option.default is inspect.Parameter.empty
                 default = "required" if required else f"default {option.default}"
@@ -48,17 +40,17 @@ def show(place: Place, console: Console) -> None:
 def _show_fields(console: Console, section: type[Section]) -> None:
     console.print("\nfields", style="bold")
     for name, field in section.model_fields.items():
-        if name == "name" and tags(section):  # the choice itself
+        if name == "name" and describe.tags(section):  # the choice itself
             continue
         place = Place(name, section, field)
-        _entry(console, name, _type_and_default(place), meaning_of(place).partition("\n\n")[0])
+        _entry(console, name, _type_and_default(place), describe.meaning_of(place).partition("\n\n")[0])
 
 
 def _show_choices(console: Console, sections: list[type[Section]]) -> None:
     console.print("\nchoices", style="bold")
     for section in sections:
-        name, *_ = tags(section)
-        _entry(console, str(name), "", documentation(section))
+        name, *_ = describe.tags(section)
+        _entry(console, str(name), "", describe.documentation(section))
         for option, field in section.model_fields.items():
             if option != "name":
                 _indented(console, f"{option}: {_type_and_default(Place(option, section, field))}", 8)
@@ -66,8 +58,8 @@ def _show_choices(console: Console, sections: list[type[Section]]) -> None:
 
 def _type_and_default(place: Place) -> str:
     assert place.field is not None
-    default, limits = default_of(place.field), limits_of(place.field)
-    parts = [type_of(place.field)]
+    default, limits = describe.default_of(place.field), describe.limits_of(place.field)
+    parts = [describe.type_of(place.field)]
     if default is None:
         parts.append("required")
     elif default not in ("section", "{}", "[]"):

@@ -17,17 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.config.data import PromptSetConfig
-from megatron_dsrl.data.fields import (
-    BadRowError,
-    FieldReader,
-    Row,
-    chat_messages,
-    clean_answer,
-    field_reader,
-    parsed,
-    template_reader,
-    with_choices,
-)
+from megatron_dsrl.data import fields
+from megatron_dsrl.data.fields import BadRowError, FieldReader, Row
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import decode
@@ -172,7 +163,7 @@ class RowReader:
     def __call__(self, index: int, row: Row) -> Task:
         """Read one row. Raises BadRowError if it has no usable problem or answer."""
         if self._config.choices is not None:
-            row = with_choices(row, self._config.choices, self._section)
+            row = fields.with_choices(row, self._config.choices, self._section)
         return Task(index, self.problem(row), self._answers(row))
 
     def problem(self, row: Row) -> Problem:
@@ -180,7 +171,9 @@ class RowReader:
         config = self._config
         if config.messages_field is not None:
             setting = f"{self._section}.messages_field"
-            return require_chat_characters(chat_messages(field_reader(config.messages_field, setting)(row), setting))
+            return require_chat_characters(
+                fields.chat_messages(fields.field_reader(config.messages_field, setting)(row), setting)
+            )
         problem = self._problem_of(row)
         if not isinstance(problem, str) or not problem.strip():
             origin = "problem_template" if config.problem_template else f"its field `{config.problem_field}`"
@@ -191,7 +184,7 @@ class RowReader:
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = self._answer_of(row)
         if self._config.answer_list == "any":
-            listed = parsed(value)
+            listed = fields.parsed(value)
             if isinstance(listed, list) and (accepted := [item for item in listed if item is not None]):
                 return tuple(map(self._answer, accepted))
         return (self._answer(value),)
@@ -200,7 +193,7 @@ class RowReader:
         config = self._config
         origin = "answer_template" if config.answer_template else f"its field `{config.answer_field}`"
         try:
-            answer = clean_answer(value)
+            answer = fields.clean_answer(value)
         except ValueError as error:
             raise BadRowError(f"it has no usable answer: {origin} {error}") from error
         if answer is None:
@@ -236,8 +229,8 @@ def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
 def value_reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
     """A reader for the template if it is set, else for the field."""
     if template is None:
-        return field_reader(field, f"{section}.{what}_field")
-    return template_reader(template, f"{section}.{what}_template")
+        return fields.field_reader(field, f"{section}.{what}_field")
+    return fields.template_reader(template, f"{section}.{what}_template")
 
 
 def require_chat_characters(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -10,10 +10,12 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,16 +24,19 @@ from typing import TYPE_CHECKING
 import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.common.cpu_threads import has_bfloat16
-from megatron_dsrl.doctor import system
+from megatron_dsrl.common.process import temporary_folder_problem
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
+from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation
 
 if TYPE_CHECKING:
     from megatron_dsrl.platform import DeviceInventory
+
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -46,6 +51,11 @@ SMALLEST_SHARED_MEMORY = 1 << 30
 
 SMALLEST_MEMORY = 6 << 30
 """Bytes; a tiny CPU run takes about 4 GiB: the trainer, the engine and its scheduler."""
+
+OLDEST_GLIBC = "2.34"
+"""SGLang's wheels are `manylinux_2_34` only; tools/setup_cpu.sh refuses older ones before it downloads anything."""
+FEWEST_OPEN_FILES = 4096
+"""A run has a few hundred files open, plus a connection per request to an engine."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +84,18 @@ def examine() -> Examination:
     packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), environment))
     return Examination((
         _python(),
-        system.examine_c_library(),
+        examine_c_library(),
         *packages,
         *(_torchvision() if inventory else ()),
         *(_devices(inventory) if inventory else ()),
         *examine_kernels(cuda, torch_cuda),
-        system.examine_compiler(cuda),
-        system.examine_sandbox(),
+        examine_compiler(cuda),
+        examine_sandbox(),
         _processor(),
         _memory(),
         _shared_memory(Path("/dev/shm")),
-        system.examine_temporary_folder(),
-        system.examine_open_files(),
+        examine_temporary_folder(),
+        examine_open_files(),
         _ports(),
     ))  # fmt: skip
 
@@ -224,3 +234,50 @@ def _ports() -> Finding:
 
 def _gibibytes(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB"
+
+
+def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
+    """Whether SGLang's wheel can be installed here; `library` is what `platform.libc_ver` says if it is None."""
+    name, version = library or platform.libc_ver()
+    found = f"{name or 'not glibc'} {version}".strip()
+    if name == "glibc" and Version(version) >= Version(OLDEST_GLIBC):
+        return Finding("C library", "ok", found)
+    advice = f"SGLang's wheels need glibc {OLDEST_GLIBC} or newer (Ubuntu 22.04, Debian 12, RHEL 9): use an image"
+    return Finding("C library", "problem", found, advice)
+
+
+def examine_sandbox() -> Finding:
+    """Whether programs of the verifier `code` can be isolated here."""
+    problem = missing_isolation()
+    if problem is None:
+        return Finding("sandbox", "ok", "programs of the verifier `code` can be isolated")
+    advice = f"the verifier `code` refuses to run here, everything else works. {ADVICE}"
+    return Finding("sandbox", "note", f"programs cannot be isolated: {problem}", advice)
+
+
+def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) -> Finding:
+    """A C compiler, with which Triton builds the launchers of its kernels on a GPU."""
+    candidates = (environment.get("CC", "gcc"), "cc")
+    compiler = next(filter(None, (shutil.which(name, path=environment.get("PATH")) for name in candidates)), None)
+    if compiler:
+        return Finding("C compiler", "ok", compiler)
+    if not cuda:
+        return Finding("C compiler", "ok", "none found; not used on CPU")
+    return Finding("C compiler", "problem", "none found", "install gcc: Triton needs it for its kernels on the GPU")
+
+
+def examine_temporary_folder() -> Finding:
+    """Whether sockets can be made in the temporary folder."""
+    problem = temporary_folder_problem()
+    if problem is None:
+        return Finding("temporary folder", "ok", tempfile.gettempdir())
+    return Finding("temporary folder", "problem", "its name is too long", problem)
+
+
+def examine_open_files() -> Finding:
+    """Whether thousands of requests can be in flight."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY or hard >= FEWEST_OPEN_FILES:
+        return Finding("open files", "ok", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard:,}")
+    advice = "requests to the engines wait for each other: raise the limit (`ulimit -Hn`, limits.conf or LimitNOFILE)"
+    return Finding("open files", "note", f"at most {hard:,} (hard limit)", advice)

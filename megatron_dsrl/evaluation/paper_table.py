@@ -11,15 +11,8 @@ from statistics import fmean
 from megatron_dsrl.charts.estimate import in_percent
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.text import markdown_table
+from megatron_dsrl.evaluation import published
 from megatron_dsrl.evaluation.metrics import bootstrap_interval
-from megatron_dsrl.evaluation.published import (
-    AVERAGE_OF_SIX,
-    DSRL_OVER_GRPO,
-    METHODS,
-    OUT_OF_DISTRIBUTION,
-    SAMPLES_ON_SIX,
-    SIX_BENCHMARKS,
-)
 from megatron_dsrl.evaluation.results import EvaluationResults, average_of_six
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 
@@ -34,25 +27,25 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
         evaluations: methods named as in the paper (`published.METHODS`) fill its rows, others get new rows.
         size: model size of the published results to show, such as `Qwen3-4B`.
     """
-    if size not in AVERAGE_OF_SIX:
-        raise UserError(f"--size: the paper reports {' and '.join(AVERAGE_OF_SIX)}, not {size}")
-    as_in_the_paper = {name.lower(): name for name in METHODS}
+    if size not in published.AVERAGE_OF_SIX:
+        raise UserError(f"--size: the paper reports {' and '.join(published.AVERAGE_OF_SIX)}, not {size}")
+    as_in_the_paper = {name.lower(): name for name in published.METHODS}
     evaluations = {as_in_the_paper.get(method.lower(), method): runs for method, runs in evaluations.items()}
-    methods = [*METHODS, *(method for method in evaluations if method not in METHODS)]
+    methods = [*published.METHODS, *(method for method in evaluations if method not in published.METHODS)]
     others = {
         name: summary["title"]
         for runs in evaluations.values()
         for results in runs
         for name, summary in results.benchmarks.items()
-        if name not in SIX_BENCHMARKS and name not in OUT_OF_DISTRIBUTION
+        if name not in published.SIX_BENCHMARKS and name not in published.OUT_OF_DISTRIBUTION
     }
     parts = [
         f"# Results beside the paper's (arXiv 2604.14142), {size}",
-        f"Percent; mathematics: Avg@{SAMPLES_ON_SIX}. The column *average, paper* and the row *paper* were published, "
-        "everything else was measured here. An empty cell was not measured, or not published.",
+        f"Percent; mathematics: Avg@{published.SAMPLES_ON_SIX}. The column *average, paper* and the row *paper* were "
+        "published, everything else was measured here. An empty cell was not measured, or not published.",
         _mathematics(evaluations, methods, size),
         "## Out of distribution",
-        _accuracies(evaluations, methods, OUT_OF_DISTRIBUTION),
+        _accuracies(evaluations, methods, published.OUT_OF_DISTRIBUTION),
         "## DSRL over GRPO, in points",
         _differences(evaluations, size),
         "Intervals of measured differences are 95 % paired bootstrap intervals over problems.",
@@ -65,17 +58,17 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
 
 
 def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) -> str:
-    header = ["method", *SIX_BENCHMARKS.values(), "average", "average, paper"]
+    header = ["method", *published.SIX_BENCHMARKS.values(), "average", "average, paper"]
     rows = []
     for method in methods:
         averages = [average_of_six(results.benchmarks) for results in evaluations.get(method, ())]
-        published = AVERAGE_OF_SIX[size].get(method)
+        in_the_paper = published.AVERAGE_OF_SIX[size].get(method)
         rows.append(
             [
                 method,
-                *(in_percent(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
+                *(in_percent(_values(evaluations, method, name)) for name in published.SIX_BENCHMARKS),
                 in_percent([average for average in averages if average is not None]),
-                "" if published is None else f"{published:.2f}",
+                "" if in_the_paper is None else f"{in_the_paper:.2f}",
             ]
         )
     return markdown_table(header, rows)
@@ -87,9 +80,9 @@ def _accuracies(evaluations: Evaluations, methods: Sequence[str], benchmarks: Ma
 
 
 def _differences(evaluations: Evaluations, size: str) -> str:
-    benchmarks = SIX_BENCHMARKS | OUT_OF_DISTRIBUTION
-    published = AVERAGE_OF_SIX[size]["DSRL"] - AVERAGE_OF_SIX[size]["GRPO"]
-    paper = DSRL_OVER_GRPO[size]
+    benchmarks = published.SIX_BENCHMARKS | published.OUT_OF_DISTRIBUTION
+    gap = published.AVERAGE_OF_SIX[size]["DSRL"] - published.AVERAGE_OF_SIX[size]["GRPO"]
+    paper = published.DSRL_OVER_GRPO[size]
     return markdown_table(
         ["", *benchmarks.values(), "average of six"],
         [
@@ -98,7 +91,7 @@ def _differences(evaluations: Evaluations, size: str) -> str:
                 *(_difference(evaluations, name) for name in benchmarks),
                 _difference_of_averages(evaluations),
             ],
-            ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{published:+.2f}"],
+            ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{gap:+.2f}"],
         ],
     )
 
@@ -147,9 +140,9 @@ def _departures(evaluations: Evaluations) -> list[str]:
         for results in runs:
             for name, summary in results.benchmarks.items():
                 departures = []
-                if name in SIX_BENCHMARKS and summary["samples_per_prompt"] != SAMPLES_ON_SIX:
+                if name in published.SIX_BENCHMARKS and summary["samples_per_prompt"] != published.SAMPLES_ON_SIX:
                     departures.append(f"{summary['samples_per_prompt']} samples per problem")
-                if name in SIX_BENCHMARKS and summary.get("temperature", 1.0) != 1.0:
+                if name in published.SIX_BENCHMARKS and summary.get("temperature", 1.0) != 1.0:
                     departures.append(f"temperature {summary['temperature']:g}")
                 if summary.get("limit") is not None:
                     departures.append(f"only the first {summary['problems']} problems")

@@ -12,19 +12,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dsrl.common.disk import writing
-from megatron_dsrl.observability.records import (
-    CONFIG_FILE,
-    EVALUATION_FILE,
-    METRICS_FILE,
-    RESPONSES_FILE,
-    Record,
-    plain_record,
-    read_records,
-    record_line,
-    repair_records,
-    replace_records,
-    shown_metrics,
-)
+from megatron_dsrl.observability import records
+from megatron_dsrl.observability.records import Record
 
 WHAT_IS_SAFE = "The records and checkpoints of earlier steps are untouched"
 
@@ -44,10 +33,10 @@ class Tracker:
         """
         with writing(run_folder, WHAT_IS_SAFE):
             run_folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = _RecordFile(run_folder / METRICS_FILE)
-        self._evaluations = _RecordFile(run_folder / EVALUATION_FILE)
-        self._responses = _RecordFile(run_folder / RESPONSES_FILE)
-        self._config_file = run_folder / CONFIG_FILE
+        self._metrics = _RecordFile(run_folder / records.METRICS_FILE)
+        self._evaluations = _RecordFile(run_folder / records.EVALUATION_FILE)
+        self._responses = _RecordFile(run_folder / records.RESPONSES_FILE)
+        self._config_file = run_folder / records.CONFIG_FILE
         self._tensorboard_folder = run_folder / "tensorboard" if tensorboard else None
         self._writer = self._open_writer(purge_step=None)
 
@@ -59,7 +48,7 @@ class Tracker:
     def log_step(self, record: Record) -> None:
         """Record one training step. `record["step"]` counts from 1 and exceeds every step recorded before."""
         assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step}"
-        record = plain_record(record)
+        record = records.plain_record(record)
         self._metrics.append(record)
         self._add_scalars(record)
 
@@ -68,7 +57,7 @@ class Tracker:
 
         The set's name is `record["set"]`. The responses are written first, so an evaluation on disk always has them.
         """
-        record = plain_record(record)
+        record = records.plain_record(record)
         if responses:
             self._responses.append({"step": record["step"], "set": record["set"], "responses": list(responses)})
         self._evaluations.append(record)
@@ -126,7 +115,7 @@ class Tracker:
         if self._writer is None:
             return
         with self._writing():
-            for key, value in shown_metrics(record).items():
+            for key, value in records.shown_metrics(record).items():
                 self._writer.add_scalar(key, value, record["step"])
             self._writer.flush()
 
@@ -137,12 +126,12 @@ class _RecordFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         with writing(path, WHAT_IS_SAFE):
-            self.last_step = _last_step(repair_records(path))
+            self.last_step = _last_step(records.repair_records(path))
             self._file = self._open()
 
     def append(self, record: Record) -> None:
         """Write one record. Raises UserError, with the file's name, if the disk refuses it."""
-        line = record_line(record).encode()
+        line = records.record_line(record).encode()
         with writing(self._path, WHAT_IS_SAFE):
             while line:
                 line = line[self._file.write(line) :]
@@ -150,14 +139,14 @@ class _RecordFile:
 
     def read(self) -> list[Record]:
         """All records, in the order of the file."""
-        return read_records(self._path)
+        return records.read_records(self._path)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records after `step`; the file is replaced atomically."""
         self._file.close()
-        kept = [record for record in repair_records(self._path) if record["step"] <= step]
+        kept = [record for record in records.repair_records(self._path) if record["step"] <= step]
         with writing(self._path, WHAT_IS_SAFE):
-            replace_records(self._path, kept)
+            records.replace_records(self._path, kept)
             self._file = self._open()
         self.last_step = _last_step(kept)
 
@@ -169,5 +158,5 @@ class _RecordFile:
         return self._path.open("ab", buffering=0)
 
 
-def _last_step(records: list[Record]) -> int:
-    return max((record["step"] for record in records), default=0)
+def _last_step(written: list[Record]) -> int:
+    return max((record["step"] for record in written), default=0)

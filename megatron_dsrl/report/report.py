@@ -19,17 +19,10 @@ from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.provenance import differences, words
+from megatron_dsrl.report import run_figures
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, read_analyses, results_table
 from megatron_dsrl.report.logs import log_views
-from megatron_dsrl.report.run_figures import (
-    Table,
-    accuracy_figures,
-    loss_figures,
-    run_figures,
-    run_state,
-    runs_table,
-    time_table,
-)
+from megatron_dsrl.report.run_figures import Table
 from megatron_dsrl.report.sampled_responses import MAX_CHARACTERS, shown_steps
 from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts
 
@@ -53,11 +46,11 @@ def _run_page(run: RunRecords) -> str:
     evaluations = named_by_step(results_of_run(run.folder))
     return _template("report.html.j2").render(
         run=run,
-        state=run_state(run),
-        accuracies=[*accuracy_figures(run), *loss_figures(run)],
-        figures=run_figures(run),
+        state=run_figures.run_state(run),
+        accuracies=[*run_figures.accuracy_figures(run), *run_figures.loss_figures(run)],
+        figures=run_figures.run_figures(run),
         sections=run_charts(run) if run.steps else [],
-        time=time_table(run),
+        time=run_figures.time_table(run),
         others=other_charts(run) if run.steps else [],
         results=results_table(evaluations) if evaluations else None,
         paper=paper_table(evaluations),
@@ -72,7 +65,7 @@ def _run_page(run: RunRecords) -> str:
 def _comparison_page(runs: list[RunRecords]) -> str:
     evaluations = {run.name: results[-1] for run in runs if (results := results_of_run(run.folder))}
     return _template("comparison.html.j2").render(
-        table=runs_table(runs),
+        table=run_figures.runs_table(runs),
         sections=comparison_charts(runs) if any(run.steps for run in runs) else [],
         results=results_table(evaluations) if evaluations else None,
         paper=paper_table(evaluations),

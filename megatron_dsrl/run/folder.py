@@ -10,15 +10,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.config.load import dump_config, read_dumped_config
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.observability.records import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    EVALUATION_FILE,
-    EXPORTS_FOLDER,
-    METRICS_FILE,
-    RESPONSES_FILE,
-    read_records,
-)
+from megatron_dsrl.observability import records
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 from megatron_dsrl.provenance.differences import changed_inputs
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts, describe_training_sets
@@ -29,10 +21,10 @@ from megatron_dsrl.run.inputs import RunInputs
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     """Raise UserError if the folder has a run that was started with a different configuration."""
-    file = inputs.run_folder / CONFIG_FILE
+    file = inputs.run_folder / records.CONFIG_FILE
     # A start that failed before its first step leaves nothing to continue, so it must not prevent another.
-    has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()
-    has_begun = has_checkpoints or bool(read_records(inputs.run_folder / METRICS_FILE))
+    has_checkpoints = (inputs.run_folder / records.CHECKPOINTS_FOLDER).exists()
+    has_begun = has_checkpoints or bool(records.read_records(inputs.run_folder / records.METRICS_FILE))
     if file.exists() and has_begun:
         check_same_run(read_dumped_config(file), config, str(inputs.run_folder))
 
@@ -49,10 +41,10 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
             run_folder.mkdir(parents=True, exist_ok=True)
             if step == 0:
                 _set_aside_records(run_folder)
-            for exported_after, export in by_step(run_folder / EXPORTS_FOLDER).items():
+            for exported_after, export in by_step(run_folder / records.EXPORTS_FOLDER).items():
                 if exported_after > step:
                     shutil.rmtree(export)
-            dump_config(config, run_folder / CONFIG_FILE)
+            dump_config(config, run_folder / records.CONFIG_FILE)
         except OSError as error:
             raise UserError(f"cannot write the run folder {run_folder} (output_dir, name): {error}") from error
 
@@ -60,8 +52,15 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
 
 
 def _set_aside_records(run_folder: Path) -> None:
-    names = (METRICS_FILE, EVALUATION_FILE, RESPONSES_FILE, "tensorboard", "rollouts", TRACE_FOLDER)
-    if not read_records(run_folder / METRICS_FILE):
+    names = (
+        records.METRICS_FILE,
+        records.EVALUATION_FILE,
+        records.RESPONSES_FILE,
+        "tensorboard",
+        "rollouts",
+        TRACE_FOLDER,
+    )
+    if not records.read_records(run_folder / records.METRICS_FILE):
         return
     number = 1 + len(list(run_folder.glob("interrupted_*")))
     target = run_folder / f"interrupted_{number}"

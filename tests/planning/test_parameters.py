@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_dsrl.actor.build import build_actor, build_critic
 from megatron_dsrl.actor.optimizer import chained_optimizers
-from megatron_dsrl.actor.trainable_model import TrainableModel
+from megatron_dsrl.actor.sharded_model import TrainableModel
 from megatron_dsrl.config.actor import LoraConfig
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig

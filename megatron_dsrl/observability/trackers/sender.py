@@ -10,15 +10,8 @@ from typing import Any, Self
 import yaml
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.records import (
-    CONFIG_FILE,
-    EVALUATION_FILE,
-    METRICS_FILE,
-    RESPONSES_FILE,
-    Record,
-    read_starts,
-    shown_metrics,
-)
+from megatron_dsrl.observability import records
+from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 from megatron_dsrl.observability.trackers.cursor import Cursor
 
@@ -38,9 +31,9 @@ class NewRecords:
     """Reads what has been appended since the last time. The files may not exist yet."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._steps = _AppendedLines(run_folder / METRICS_FILE)
-        self._evaluations = _AppendedLines(run_folder / EVALUATION_FILE)
-        self._responses = _AppendedLines(run_folder / RESPONSES_FILE)
+        self._steps = _AppendedLines(run_folder / records.METRICS_FILE)
+        self._evaluations = _AppendedLines(run_folder / records.EVALUATION_FILE)
+        self._responses = _AppendedLines(run_folder / records.RESPONSES_FILE)
         self._last_step = 0
         self._waiting: list[Record] = []
         """Evaluations after a step whose own record has not been read yet."""
@@ -81,11 +74,11 @@ class _AppendedLines:
             return []
         complete = content[: content.rfind(b"\n") + 1]
         try:
-            records = [json.loads(line) for line in complete.splitlines() if line.strip()]
+            new = [json.loads(line) for line in complete.splitlines() if line.strip()]
         except ValueError as error:
             raise UserError(f"{self._path}: a line is not JSON. Remove the line or restore the file.") from error
         self._offset += len(complete)
-        return records
+        return new
 
 
 class Sender:
@@ -169,7 +162,7 @@ class Sender:
 
     def _send(self, new: NewRecord) -> None:
         assert self._run is not None
-        self._run.log(new.step, shown_metrics(new.record), new.record.get("time"))
+        self._run.log(new.step, records.shown_metrics(new.record), new.record.get("time"))
         if new.evaluation_set is None:
             self._cursor.sent.last_step = new.step
             self.steps += 1
@@ -183,10 +176,10 @@ class Sender:
 
 def run_config(run_folder: Path) -> dict[str, Any]:
     """The configuration that a tracker shows for a run; see `TrackedRun.config`."""
-    file = run_folder / CONFIG_FILE
+    file = run_folder / records.CONFIG_FILE
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config["phase_schedule"] = phase_schedule(config)
-    if starts := read_starts(run_folder):
+    if starts := records.read_starts(run_folder):
         config["provenance"] = starts[-1]
     return config
 
