@@ -21,7 +21,7 @@
 #   CONFIG="configs/sizes/qwen3_8b.yaml configs/methods/rloo.yaml" sbatch slurm/dsrl_8b.sh   any other method
 #
 # It runs every step that is not done yet (see slurm/job.sh), saves its state 15 minutes before the time limit and at
-# preemption, requeues itself and resumes, also during the evaluation. Set account and partition on the command line or
+# preemption, requeues itself and resumes, even during the evaluation. Set account and partition on the command line or
 # with SBATCH_ACCOUNT and SBATCH_PARTITION.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"                    # this repository

@@ -6,12 +6,12 @@
     python tools/benchmark_against_trl.py --trl-python ~/trl/bin/python --task random
 
 `tiny` is the tiny task with its base model (`bash examples/tiny_dsrl/run.sh` makes it), 32 prompts x 8 responses of up
-to 64 tokens. `random` is a Qwen3 of 107 million parameters with random weights, 4 x 8 responses of 128 tokens; right is
-a response whose first word has an even number, which the policy can learn. All runs are in memory at the same time:
-with `random`, give one number of threads and processes per call (6 to 8 GB a run).
+to 64 tokens. `random` is a Qwen3 of 107 million parameters with random weights, 4 x 8 responses of 128 tokens; a
+response is right if its first word has an even number, which the policy can learn. All runs are in memory at the same
+time: with `random`, give one number of threads and processes per call (6 to 8 GB a run).
 
 All runs take their steps in turns: one computes while the others are suspended. A step is measured from the moment a
-run is resumed until it has recorded the step. Steps of the clock: run it on a machine without other work. The rewards
+run is resumed until it has recorded the step. Times are wall-clock: run it on a machine without other work. The rewards
 show that both do the same work; sampling differs, so the curves are similar and not the same.
 """
 
@@ -81,7 +81,7 @@ class Run:
         return [record[self.reward_key] for record in map(json.loads, lines) if self.reward_key in record]
 
     def end(self) -> None:
-        """End the run with all its processes, those included whose parent has ended already."""
+        """End the run with all its processes, including those whose parent has already ended."""
         if self.process is not None:
             self._signal("kill")
             self.process.wait()
@@ -100,7 +100,7 @@ class Run:
                 getattr(process, action)()
 
     def _processes(self) -> list[psutil.Process]:
-        """The run's process and its descendants, those included that have outlived their parent."""
+        """The run's process and its descendants, including those that have outlived their parent."""
         assert self.process is not None
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)

@@ -147,7 +147,7 @@ def measure(
     processes: int = 1,
     cores: int | None = None,
 ) -> Measurement:
-    """Run imports once and the work several times, in processes of their own.
+    """Run imports once and the work several times, in separate processes.
 
     Args:
         cores: how many the processes share; None: all.

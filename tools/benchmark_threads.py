@@ -3,8 +3,8 @@
 
     python tools/benchmark_threads.py --models 20M
 
-What common/cpu_threads.py chooses by model size rests on this. Runs with different numbers of threads take their steps
-in turns, one computing while the others are suspended: 4 x 8 responses of 128 tokens. Seconds of the clock: run it on a
+common/cpu_threads.py bases its choice by model size on this. Runs with different numbers of threads take their steps in
+turns, one computing while the others are suspended: 4 x 8 responses of 128 tokens. Times are wall-clock: run it on a
 machine without other work.
 """
 

@@ -79,8 +79,8 @@ def random_responses(options: argparse.Namespace, uniform_share: float) -> list[
 
 
 def seconds_of(works: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
-    """Shortest time of each, measured in turns. The process's own seconds on CPU, which others share, and those of the
-    clock on a GPU."""
+    """Shortest time of each, measured in turns. Process time on a CPU, which other programs share, and wall-clock time
+    on a GPU."""
     clock = time.perf_counter if current_platform().name == "cuda" else time.process_time
     shortest = [math.inf] * len(works)
     for _ in range(repetitions):

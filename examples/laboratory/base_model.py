@@ -49,7 +49,7 @@ def documents(tokenizer: PreTrainedTokenizerBase, settings: BaseSettings) -> Ite
 
 
 def _document(problem: Problem, response: str, unprompted: bool, tokenizer: PreTrainedTokenizerBase) -> ScoredSequence:
-    """A response behind its question, or behind <|im_start|> alone; only the response is scored."""
+    """A response after its question, or after <|im_start|> alone; only the response is scored."""
     response_ids = tokenizer.encode(response + tokenizer.eos_token, add_special_tokens=False)
     if unprompted:
         return PreTrain().sequence((), response_ids, context_token_ids(tokenizer, PreTrain().context_text))

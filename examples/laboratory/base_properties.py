@@ -2,7 +2,7 @@
 
     python -m examples.laboratory.base_properties paper_like
 
-reads the samples that `dsrl eval` took of the base, and the gradients of `dsrl analyse gradients` if they are there,
+reads the samples that `dsrl eval` drew from the base, and the gradients of `dsrl analyse gradients` if they are there,
 and writes `results/base_paper_like.json`.
 """
 

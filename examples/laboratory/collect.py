@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def collect(sweep_file: Path, results: Path) -> list[Record]:
-    """Write the records of all finished runs, those of earlier calls included, and return them.
+    """Write the records of all finished runs, including those of earlier calls, and return them.
 
     Raises:
         UserError: the sweep file or a run folder is damaged.
@@ -58,7 +58,8 @@ def collect(sweep_file: Path, results: Path) -> list[Record]:
 
 
 def record_of(sweep_run: SweepRun) -> Record | None:
-    """Method, seed, commit, evaluations and step records of a run; None while it is not evaluated at its end."""
+    """Method, seed, commit, evaluations and step records of a run; None until it has been evaluated after its last
+    step."""
     run = read_run(sweep_run.folder)
     evaluations = [record for records in run.evaluations.values() for record in records]
     if not run.steps or run.steps[-1]["step"] != run.total_steps:
@@ -96,8 +97,8 @@ def _step_records(run: RunRecords) -> list[Record]:
 
 
 def of_responses(step: int, responses: Sequence[RecordedResponse]) -> Record:
-    """Accuracy, thoughts and behaviours of one step's responses; accuracy is on problems that training has not seen,
-    as long as no problem comes twice."""
+    """Accuracy, thoughts and behaviours of one step's responses; accuracy is on problems that training has not seen, as
+    long as no problem occurs twice."""
     thoughts = thoughts_of_step(step, responses)
     return {
         "step": step,

@@ -34,7 +34,7 @@ OVER_STEPS = (
 
 
 def write_comparison_figures(results: SweepResults, folder: Path) -> list[tuple[str, str]]:
-    """Write three figures per group of methods; returns a title and a file name of each."""
+    """Write three figures per group of methods; returns a title and a file name for each."""
     written = []
     for group, methods in GROUPS.items():
         shown = [method for method in methods if method in results.methods]

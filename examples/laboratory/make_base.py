@@ -30,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     output, settings = options.output or Path(CACHE) / options.base, BASES[options.base]
     if is_made(output, settings):
-        say_on_first_rank(f"{output} is made already")
+        say_on_first_rank(f"{output} is up to date")
         return 0
     if output.exists():
         if _is_first_rank():

@@ -42,7 +42,7 @@ PHRASES = ("So ", "then ", "now ", "perhaps ", "maybe ", "let us see ", "here ",
 WAIT, ALTERNATIVELY, CHECK, NEED, BEFORE = "Wait, go back. ", "Alternatively, ", "Let me check: ", "I need ", " before "
 YES, NO = " Yes.", " No."
 DRAWS = 50
-"""Draws per problem that is wanted, before the family is said to have too few."""
+"""Draws per wanted problem, after which the family counts as too small."""
 PATIENT = 0.95
 """Probability of a verdict, and of going on after a wrong attempt, in a patient document."""
 

@@ -1,7 +1,7 @@
 """A custom phase with settings that change at every step.
 
-It is a section of the configuration like every phase, with fields beside theirs, and is named by the dotted path in its
-`type`. What the training loop asks it for is `at(step)`.
+It is a section of the configuration like every phase, with additional fields, and is named by the dotted path in its
+`type`. The training loop calls its `at(step)`.
 """
 
 from pydantic import Field

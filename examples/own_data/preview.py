@@ -21,10 +21,10 @@ RESPONSES = (r"\boxed{15}", r"so it is \boxed{14}", "15", r"\boxed{}")
 
 
 def preview(config: RunConfig, count: int = 2) -> list[str]:
-    """Lines for people: the first prompts with their gold answers, and the rewards of RESPONSES to the first one.
+    """Lines to read: the first prompts with their gold answers, and the rewards of RESPONSES to the first one.
 
     Raises:
-        UserError: as `load_inputs` and `check_options`.
+        UserError: like `load_inputs` and `check_options`.
     """
     prompts = load_inputs(config).prompts
     check_options(config.reward.function, config.reward.options)

@@ -1,6 +1,6 @@
 """A custom reward: part of the credit for a number close to the right one.
 
-It lives in a file without torch, because reward workers do without it.
+It has its own file, because reward workers do not load torch.
 """
 
 from megatron_dsrl.rewards.boxed import boxed, boxed_answer

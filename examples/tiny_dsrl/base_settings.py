@@ -1,4 +1,4 @@
-"""Settings of the tiny base model, and whether it exists already. Does not import torch."""
+"""Settings of the tiny base model, and whether it already exists. Does not import torch."""
 
 import hashlib
 import json

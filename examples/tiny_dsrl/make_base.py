@@ -34,7 +34,7 @@ def main() -> int:
     output, settings = options.output or Path(folder), Settings(architecture)
     try:
         if is_made(output, settings):
-            say_on_first_rank(f"{output} is made already")
+            say_on_first_rank(f"{output} is up to date")
             return 0
         _make(output, settings)
     except UserError as error:

@@ -3,8 +3,8 @@
     python -m examples.tool_use.make_base
 
 makes `.cache/tool_use`: `train.jsonl` and `held_out.jsonl` (problem, answer) and the HF folder `base/`. The base is
-trained on correct answers to products. A fifth of them has a call of the calculator and its result before the answer;
-the others state the answer at once. Remove the folder to make it again.
+trained on correct answers to products. A fifth of them call the calculator and have its result before the answer; the
+others state the answer at once. Remove the folder to make it again.
 """
 
 import json
@@ -54,7 +54,7 @@ class Settings:
 def main() -> int:
     """Make the folder; returns the exit status."""
     if (OUTPUT / "base").exists():
-        say_on_first_rank(f"{OUTPUT} is made already")
+        say_on_first_rank(f"{OUTPUT} is up to date")
         return 0
     settings, tokenizer = Settings(), build_tokenizer((*PIECES, *MARKERS))
     write_inputs(tokenizer, settings.seed)

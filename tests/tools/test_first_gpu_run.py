@@ -145,7 +145,7 @@ def test_a_failure_says_what_to_attach_and_how_to_go_on(tmp_path, monkeypatch, c
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["--dry-run", "--output", str(tmp_path)]) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Stopped at bad: exit status 1" in printed and "It was to prove: bad works." in printed
+    assert "Stopped at bad: exit status 1" in printed and "It was meant to prove: bad works." in printed
     assert f"attach {tmp_path}/bug_report.tar.gz" in printed
     assert f"python -m tools.first_gpu_run --dry-run --output {tmp_path} --from bad" in printed
     monkeypatch.setattr("tools.first_gpu_run.__main__.all_stages", lambda gpus: (WELL, command("bad", "print('now')")))

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _soak(options: argparse.Namespace, folder: Path, console: Console) -> list[str]:
-    """Rounds until the time is over, or until one has problems; returns these."""
+    """Rounds until the time is up, or until one has problems; returns these."""
     end = time.monotonic() + 60 * options.minutes
     config = write_tiny_run(folder)
     settings = (f"steps={options.steps}", f"checkpoint.keep_last={options.steps}", *OPTIONS)
@@ -144,7 +144,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="trainer ranks, each with an engine (default: 1)")
     parser.add_argument("--faults", type=int, metavar="N", help="faults per run (default: one for every step but one)")
     parser.add_argument(
-        "--minutes", type=float, default=0, help="go on with the next seeds for so long (default: one seed)"
+        "--minutes", type=float, default=0, help="continue with the next seeds for this long (default: one seed)"
     )
     parser.add_argument("--only", metavar="KIND,...", help=f"of: {_described(all_faults())}")
     parser.add_argument("--folder", help="for both runs; kept (default: a temporary one, kept if problems are found)")

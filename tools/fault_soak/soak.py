@@ -1,4 +1,4 @@
-"""Inject planned faults into a training, and see to it that it comes to its end."""
+"""Inject planned faults into a training, and make sure that it finishes."""
 
 import random
 import signal
@@ -22,7 +22,8 @@ class Injection:
     planned: PlannedFault
     fault: Fault
     time: float
-    """Seconds since 1970, once it was applied. Meanwhile the run may have recorded a step, which says nothing of it."""
+    """Seconds since 1970, once it was applied. Meanwhile the run may have recorded a step, which says nothing about
+    it."""
     step: int
     """In which it happened; 0 while the run started."""
     target: str
@@ -140,7 +141,7 @@ class Soak:
         return not self._finished
 
     def _go_on_for(self, seconds: float) -> bool:
-        """Let so much time pass; whether the training has ended."""
+        """Let this much time pass; whether the training has ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self._training.status() is not None:

@@ -67,7 +67,7 @@ def _run(stages: Sequence[Stage], gpus: int, options: argparse.Namespace, consol
         return 0
     bundle = write_bundle(record.folder, failed.name)
     for line in (
-        f"\nStopped at {failed.name}: {failed.reason}. It was to prove: {failed.purpose}.",
+        f"\nStopped at {failed.name}: {failed.reason}. It was meant to prove: {failed.purpose}.",
         f"Its output: {options.output}/{failed.name}/output.log",
         f"For a bug report attach {options.output}/{bundle.name}",
         "(record, logs, configuration, provenance, environment, packages, flight recorder). Tokens, keys and passwords",

@@ -21,7 +21,7 @@ class Training:
     """`TINY`, or the published model that gives the architecture."""
     steps: int
     configuration: str
-    """The configuration file that the stage's own settings are laid on."""
+    """The configuration file that the stage's own settings override."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     own_batch: bool = False
     """Keep the configuration's batch and response length, instead of 32 prompts x 8 responses of up to 2,048 tokens."""

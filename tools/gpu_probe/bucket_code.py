@@ -1,4 +1,4 @@
-"""The code with which a receiver opens a bucket of weights: SGLang's own as far as it can be imported."""
+"""The code with which a receiver opens a bucket of weights: SGLang's own where it can be imported."""
 
 import base64
 import importlib.util
@@ -28,7 +28,7 @@ class BucketCode:
 
 
 def choose_bucket_code() -> BucketCode:
-    """SGLang's unpickler and bucket; without its dependencies, only its bucket, in a file that stands alone; without
+    """SGLang's unpickler and bucket; without its dependencies, only its bucket, in a self-contained file; without
     SGLang's files, the project's reading of its format."""
     try:
         from megatron_dsrl.platform.engine_process import prepare_engine_process

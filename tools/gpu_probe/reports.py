@@ -1,4 +1,4 @@
-"""How the process of a part tells its figures: lines of its output with a mark in front."""
+"""How a part's process reports its figures: as lines of its output with a prefix."""
 
 import json
 import traceback
@@ -16,7 +16,7 @@ def report_figures(figures: Figures) -> None:
 
 
 def measure_each(measurements: dict[str, Callable[[], Figures]]) -> int:
-    """Do all measurements, also after one has failed; returns the exit status."""
+    """Do all measurements, even after one has failed; returns the exit status."""
     failed = False
     for name, measure in measurements.items():
         print(f"measuring: {name}", flush=True)

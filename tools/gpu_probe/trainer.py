@@ -156,7 +156,7 @@ def measure_log_probs(work: Work) -> Figures:
 
 
 def measure_offloading(work: Work) -> Figures:
-    """Rates of the way to the host and back, of all parts; the first way to the host also allocates there.
+    """Rates of moving all parts to the host and back; the first move to the host also allocates there.
 
     Raises:
         RuntimeError: the weights are not what they were before.

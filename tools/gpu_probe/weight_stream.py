@@ -75,7 +75,7 @@ def measure_weight_stream(actor: Actor, bucket_bytes: int, rounds: int = 3) -> F
     """Rate of the stream, and whether every tensor arrived.
 
     Raises:
-        RuntimeError: the receiver failed, or holds other weights than were sent.
+        RuntimeError: the receiver failed, or holds weights other than those sent.
     """
     memory = BucketMemory()
     with receiver() as other:

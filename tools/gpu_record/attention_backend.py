@@ -1,4 +1,4 @@
-"""The kernels that Transformer Engine chooses for attention, which it tells only its log."""
+"""The kernels that Transformer Engine chooses for attention, which it only reports in its log."""
 
 import re
 from collections.abc import Sequence

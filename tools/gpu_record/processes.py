@@ -18,7 +18,7 @@ import psutil
 from tools.gpu_record.machine import ROOT
 
 LIMIT_STATUS = 124
-"""Exit status of a command that was ended at its time limit, as of `timeout`."""
+"""Exit status of a command that was ended at its time limit, like that of `timeout`."""
 COLUMNS = "112"
 """Width of its tables: the output goes to a log."""
 SECONDS_FOR_STACKS = 30.0
@@ -69,7 +69,7 @@ def run_python(
         arguments: such as `-m megatron_dsrl.cli doctor`.
         log: receives the output; its folder is created.
         limit_seconds: time limit.
-        variables: environment variables beside the inherited ones.
+        variables: environment variables in addition to the inherited ones.
         show: called with each line of output; None shows nothing.
     """
     log.parent.mkdir(parents=True, exist_ok=True)

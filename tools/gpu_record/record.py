@@ -66,7 +66,7 @@ class Record:
         self.markdown_file.write_text("\n".join(markdown(self)), encoding="utf-8")
 
     def take_earlier_results(self) -> None:
-        """Start with the results of an earlier call in the same folder, if it was of the same commit and device."""
+        """Start with the results of an earlier call in the same folder, if it was for the same commit and device."""
         if not _file(self.folder).is_file():
             return
         earlier = json.loads(_file(self.folder).read_text(encoding="utf-8"))
