@@ -17,7 +17,6 @@ still return hard-coded answers to tests that it guesses, and a program without 
 """
 
 import base64
-import fcntl
 import json
 import os
 import secrets
@@ -26,12 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.scratch_folder import ScratchFolder
 from megatron_dsrl.rewards.sandbox_filter import system_call_filter
 
 CHILD = Path(__file__).with_name("sandbox_process.py")
@@ -43,8 +41,6 @@ END_SECONDS = 5.0
 """The sandbox keeps the time itself; a caller that has waited this much longer kills it."""
 PREFIX = "dsrl-code-"
 """Beginning of the names of temporary folders, for programs that are not isolated."""
-NEW_SECONDS = 60.0
-"""A younger folder may be about to be locked by its owner."""
 
 
 class NotIsolatedError(UserError):
@@ -113,8 +109,11 @@ def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "
     if isolated:
         result, status = _run_process(task, settings | {"folder": FOLDER}, limits.wall_seconds)
     else:
-        with temporary_folder() as folder:
-            result, status = _run_process(task, settings | {"folder": folder}, limits.wall_seconds)
+        scratch = ScratchFolder(PREFIX)
+        try:
+            result, status = _run_process(task, settings | {"folder": str(scratch.path)}, limits.wall_seconds)
+        finally:
+            scratch.remove()
     return _outcome(result, status, token, refused)
 
 
@@ -161,38 +160,3 @@ def _outcome(result: str, status: int, token: str, refused: str) -> Outcome:
                 return Outcome(True, "", base64.b64decode(report).decode())
             return Outcome(False, message)
     return Outcome(False, "timeout" if status == TIMED_OUT else f"ended with status {status}")
-
-
-@contextmanager
-def temporary_folder() -> Iterator[str]:
-    """A new folder on disk for a program that is not isolated. Removes folders that killed processes have left, too."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # removed meanwhile, or in use
-            _remove_stale(left)
-    folder = tempfile.mkdtemp(prefix=PREFIX)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        _remove(folder)
-        os.close(descriptor)
-
-
-def _remove_stale(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        status = os.fstat(descriptor)
-        if status.st_uid == os.geteuid() and time.time() - status.st_mtime > NEW_SECONDS:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(str(folder))
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder of any depth, even with unreadable folders in it."""
-    for command in (["rm", "-rf", folder], ["chmod", "-R", "u+rwX", folder], ["rm", "-rf", folder]):
-        subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if not os.path.exists(folder):
-            return

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dsrl.rewards.sandbox import NEW_SECONDS, PREFIX, Limits, Outcome, UnitTests, run_program
+from megatron_dsrl.common.scratch_folder import NEW_SECONDS
+from megatron_dsrl.rewards.sandbox import PREFIX, Limits, Outcome, UnitTests, run_program
 from tests.support.sandbox_limits import LIMITS
 from tests.support.tiny_run import REPOSITORY
 

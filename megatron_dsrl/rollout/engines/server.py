@@ -20,6 +20,7 @@ from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.starting_server import (
     StartingServer,
     end_processes,
+    note_shared_memory,
     processes_of,
     shared_memory_files,
 )
@@ -138,6 +139,7 @@ class EngineServer:
                 raise EngineStartError(f"the SGLang server at {self.url} failed its first requests: {error}") from error
         assert self._running is not None
         self._shared_memory |= shared_memory_files(self._running.process.pid)
+        note_shared_memory(self._shared_memory, self._running.scratch.path)
         self._freeze_garbage_collection()
         self._record_settings()
 
@@ -189,7 +191,7 @@ class EngineServer:
         for file in self._shared_memory:
             file.unlink(missing_ok=True)
         self._shared_memory.clear()
-        ended.scratch.cleanup()
+        ended.scratch.remove()
 
     def _is_ready(self) -> bool:
         """Whether the server answers. Raises EngineStartError if another process listens on its port."""

@@ -11,10 +11,9 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import psutil
 
 import megatron_dsrl
 from megatron_dsrl.common.process import launched_rank
+from megatron_dsrl.common.scratch_folder import ScratchFolder
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform.engine import ALLOCATOR_VARIABLES, ServerArguments, engine_environment
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
@@ -30,7 +30,9 @@ from megatron_dsrl.rollout.engines.server_arguments import engine_threads
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 """Module that runs as the server."""
 STOP_GRACE_SECONDS = 2.0
-SHARED_MEMORY_FILES = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
+NOTED_FILES = "shared_memory"
+"""File in a server's scratch folder with the names of its files in /dev/shm."""
+SHARED_MEMORY_FILES = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)[^\s/]+")
 """Names of SGLang's own files. Others, such as the weights that the trainer shares, are not the server's to remove."""
 
 
@@ -41,10 +43,10 @@ class StartingServer:
         """Start the process. Main thread only, which stays alive. `environment` is added to this process's."""
         assert threading.current_thread() is threading.main_thread()
         # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
-        self.scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
+        self.scratch = ScratchFolder("dsrl-eng-", remove_noted_files)
         """Removed by whoever ends the process."""
-        self._output = Path(self.scratch.name, "output_before_serving")
-        variables = {**inherited_environment(), "TMPDIR": self.scratch.name, **environment}
+        self._output = self.scratch.path / "output_before_serving"
+        variables = {**inherited_environment(), "TMPDIR": str(self.scratch.path), **environment}
         variables.pop(API_KEY_VARIABLE, None)
         package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -88,7 +90,7 @@ class StartingServer:
         end_processes(self.process)
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.scratch.cleanup()
+        self.scratch.remove()
 
 
 @contextmanager
@@ -141,6 +143,19 @@ def shared_memory_files(process_id: int) -> set[Path]:
             continue
         found.update(map(Path, SHARED_MEMORY_FILES.findall(maps)))
     return found
+
+
+def note_shared_memory(files: Iterable[Path], scratch: Path) -> None:
+    """Have the next process that finds the server's scratch folder left behind remove these files."""
+    with suppress(OSError):  # a full disk, or a folder that the machine has removed
+        (scratch / NOTED_FILES).write_text("\n".join(map(str, files)))
+
+
+def remove_noted_files(scratch: Path) -> None:
+    """Remove the files that a killed process has noted in the folder that it has left."""
+    with suppress(FileNotFoundError):
+        for file in SHARED_MEMORY_FILES.findall((scratch / NOTED_FILES).read_text()):
+            Path(file).unlink(missing_ok=True)
 
 
 def end_processes(server: "subprocess.Popen[bytes]") -> None:

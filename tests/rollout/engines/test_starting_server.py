@@ -1,14 +1,19 @@
 """A server process that is started before its arguments are known."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.scratch_folder import NEW_SECONDS
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.starting_server import StartingServer, end_processes, starting_server
 from tests.support.engine import processes_of_group, tiny_run_config
@@ -20,7 +25,7 @@ def test_a_process_that_never_serves_is_ended(tiny_model_folder) -> None:
     with pytest.raises(UserError), starting_server(tiny_run_config(tiny_model_folder)) as server:
         assert server is not None and server.process.poll() is None
         raise UserError("the run folder holds another run")
-    assert not psutil.pid_exists(server.process.pid) and not Path(server.scratch.name).exists()
+    assert not psutil.pid_exists(server.process.pid) and not server.scratch.path.exists()
 
 
 @pytest.mark.parametrize("engine", [{"urls": ["http://127.0.0.1:30000"]}, {"tensor_parallel_size": 2}])
@@ -56,7 +61,36 @@ def test_a_temporary_folder_that_is_gone_does_not_matter_at_the_end(tmp_path) ->
     """Machines remove files from it that are some days old."""
     starting = StartingServer({"PYTHONHOME": "/nowhere"})
     starting.process.wait()
-    shutil.rmtree(starting.scratch.name)
+    shutil.rmtree(starting.scratch.path)
     server = EngineServer({}, {}, tmp_path / "engine_0.log", startup_timeout_seconds=30.0, starting=starting)
     server.start()
     server.stop()
+
+
+def test_what_a_killed_process_has_left_goes_at_the_next_start_and_nothing_else(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    noted = Path(f"/dev/shm/sglang_loads_{uuid.uuid4().hex}.shm")
+    noted.touch()
+    program = f"""
+import os, signal
+from pathlib import Path
+from megatron_dsrl.rollout.engines.starting_server import StartingServer, note_shared_memory
+server = StartingServer({{"PYTHONHOME": "/nowhere"}})
+note_shared_memory([Path("{noted}"), Path("{tmp_path}/mine")], server.scratch.path)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60, check=False
+    )
+    (left,) = tmp_path.iterdir()
+    (tmp_path / "mine").touch()
+    running = StartingServer({"PYTHONHOME": "/nowhere"})
+    for folder in (left, running.scratch.path):
+        then = time.time() - 2 * NEW_SECONDS
+        os.utime(folder, (then, then))
+
+    next_one = StartingServer({"PYTHONHOME": "/nowhere"})
+    assert set(tmp_path.iterdir()) == {tmp_path / "mine", running.scratch.path, next_one.scratch.path}
+    assert not noted.exists()
+    for server in (running, next_one):
+        server.discard()
