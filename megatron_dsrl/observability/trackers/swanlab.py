@@ -14,7 +14,7 @@ DEFAULT_PROJECT = "megatron-dsrl"
 
 @TRACKERS.register
 class SwanlabTracker(TrackerOptions):
-    """Options of `swanlab.init`. Where an option is null, the package's environment variable applies."""
+    """Options of `swanlab.init`. If an option is null, the package's environment variable applies."""
 
     name: Literal["swanlab"] = "swanlab"
     package: ClassVar[str] = "swanlab"

@@ -9,7 +9,7 @@ from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, 
 
 @TRACKERS.register
 class TrackioTracker(TrackerOptions):
-    """Options of `trackio.init`. Where an option is null, the package's environment variable applies."""
+    """Options of `trackio.init`. If an option is null, the package's environment variable applies."""
 
     name: Literal["trackio"] = "trackio"
     package: ClassVar[str] = "trackio"

@@ -14,7 +14,7 @@ DEFAULT_PROJECT = "megatron-dsrl"
 
 @TRACKERS.register
 class WandbTracker(TrackerOptions):
-    """Options of `wandb.init`. Where an option is null, the package's environment variable applies."""
+    """Options of `wandb.init`. If an option is null, the package's environment variable applies."""
 
     name: Literal["wandb"] = "wandb"
     package: ClassVar[str] = "wandb"
