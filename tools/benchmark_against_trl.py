@@ -148,7 +148,7 @@ def runs(options: argparse.Namespace, folder: Path, config_file: Path, problems:
 
 @contextmanager
 def started(all_runs: Sequence[Run]) -> Iterator[None]:
-    """Start them one after the other, and end them all, also after SIGTERM."""
+    """Start them one after the other, and end them all, even after SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for run in all_runs:

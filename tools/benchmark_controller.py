@@ -154,7 +154,7 @@ def pickle_batch(completions: list[Completion]) -> bytes:
 
 
 def unpickle_batch(pickled: bytes) -> Experience:
-    """What every rank makes of it."""
+    """What every rank turns it into."""
     return build_experience(pickle.loads(pickled), PostTrain(name="post_train"))
 
 

@@ -208,7 +208,7 @@ def run_all(scratch: Path, processes: int, rounds: int) -> list[Measurement]:
         shutil.rmtree(copy)
     names = ["1 process", *(f"{count} processes" for count in range(2, processes + 1))]
     rows: list[tuple[str, int, int | None]] = [(name, count, None) for count, name in enumerate(names, 1)]
-    # One process computes on several cores. With a core for each, the table shows what a further process gains.
+    # One process computes on several cores. With a core for each, the table shows what another process gains.
     single = [(f"{name}, {count} {'core' if count == 1 else 'cores'}", count, count) for name, count, _ in rows]
     rows += [row for row in single if row[1] < len(os.sched_getaffinity(0))]
     for name, count, cores in rows:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""GRPO with TRL, as `benchmark_against_trl.py` runs it. Needs TRL in its environment, and nothing of this project.
+"""GRPO with TRL, as `benchmark_against_trl.py` runs it. Needs TRL in its environment, and nothing from this project.
 
 Reads its settings as JSON from the first argument, and appends one line of JSON per step to the file `records`.
 """

@@ -112,7 +112,7 @@ def write_configuration(folder: Path, task: Task, dtype: str, changes: dict[str,
         "model": {"dtype": dtype},
         "reward": {"function": f"benchmark_rewards:{task.reward}"},
         "optimizer": {"learning_rate": task.learning_rate},
-        # A suspended run must not take its engine for dead.
+        # A suspended run must not consider its engine dead.
         "engine": {"health_timeout_seconds": 4 * HOURS, "health_check_seconds": HOURS},
         "evaluation": {"sets": [], "every_steps": None},
         "observability": {"save_rollouts": False},

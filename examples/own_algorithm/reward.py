@@ -10,7 +10,7 @@ def right_in_few_lines(response: str, answer: str, lines: int = 5, penalty: floa
         response: the model's text.
         answer: the gold answer.
         lines: that a solution may have without a penalty.
-        penalty: for each further line; the reward does not fall below 0.
+        penalty: for each additional line; the reward does not fall below 0.
     """
     extra = max(0, len(response.strip().splitlines()) - lines)
     return max(0.0, boxed(response, answer) - penalty * extra)

@@ -40,7 +40,7 @@ from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 
 
 def make(output: Path, settings: Settings) -> None:
-    """Make everything; all ranks call it. The folder appears when it is complete, in place of an older one."""
+    """Make everything; all ranks call it. The folder appears when it is complete, and replaces an older one."""
     partial = _shared(_make_partial_folder(output, settings) if dist.get_rank() == 0 else None)
     try:
         train_base(partial / "model", partial / "base", settings)

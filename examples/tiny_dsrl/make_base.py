@@ -28,7 +28,7 @@ def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="dense", help="which model to make")
-    parser.add_argument("--output", type=Path, help="folder to make; by default the one of the configurations")
+    parser.add_argument("--output", type=Path, help="folder to make (default: the one that the configurations use)")
     options = parser.parse_args()
     architecture, folder = MODELS[options.model]
     output, settings = options.output or Path(folder), Settings(architecture)

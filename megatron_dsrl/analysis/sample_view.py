@@ -75,7 +75,7 @@ def header(number: int, sample: Sample, scores: ResponseLogProbs | None) -> str:
 
 
 def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Callable[[int], str]) -> Table:
-    """One row per token; green where the prompt makes the token likelier, red where it makes it less likely."""
+    """One row per token; green if the prompt makes the token likelier, red if it makes it less likely."""
     table = Table(box=None, pad_edge=False)
     table.add_column("token")
     headings = ["engine log P(y|x)"] + ([] if scores is None else ["log P(y|x)", "log P(y)", "gap"])

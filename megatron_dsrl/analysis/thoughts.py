@@ -70,7 +70,7 @@ def count_thoughts(text: str) -> ThoughtCounts:
 
 
 def thoughts_of_step(step: int, responses: Sequence[RecordedResponse]) -> Record:
-    """Means per response of one step, also for right and other responses separately; None without responses."""
+    """Means per response of one step, overall and for right and other responses separately; None without responses."""
     counts = [count_thoughts(response.text) for response in responses]
     right = [count for count, response in zip(counts, responses) if response.right]
     others = [count for count, response in zip(counts, responses) if not response.right]

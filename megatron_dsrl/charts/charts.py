@@ -37,7 +37,7 @@ CHARACTER = 6.8
 MOST_DOTS = 25
 _SOURCES = TypeAdapter(list[ChartSource])
 _Points = Mapping[int, tuple[float, float | None]]
-"""Value and error of a series by step, where it has a value."""
+"""Value and error of a series by the steps that have a value."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def line_chart(
     vertical: ValueAxis = VALUES,
     horizontal: StepAxis = STEPS,
 ) -> Chart:
-    """Curves over steps, with error bars where a series has them; the first series lies on top."""
+    """Curves over steps, with error bars if a series has them; the first series lies on top."""
     return draw(ChartSource("lines", title, explanation, tuple(series), tuple(phases), vertical, horizontal))
 
 

@@ -46,8 +46,7 @@ def in_percent(values: Sequence[float]) -> str:
 
 
 def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) -> Chart:
-    """One curve per name, at most `SERIES_COLOURS`: pass@K by K ascending; error bars where it is a mean over several
-    runs."""
+    """One curve per name, at most `SERIES_COLOURS`: pass@K by K ascending; error bars for means over several runs."""
     series = [estimated_series(name, by_k, colour) for colour, (name, by_k) in enumerate(curves.items(), start=1)]
     explanation = "Unbiased estimate, mean over problems."
     if any(one.errors for one in series):

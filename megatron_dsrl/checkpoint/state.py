@@ -5,7 +5,7 @@
     <run folder>/checkpoints/step_000050/critic/...     and of the run's other models
 
 A checkpoint is written into a hidden folder and renamed when complete, so a folder with a checkpoint's name is a whole
-checkpoint; `state.json` tells whether it is still undamaged. A `latest` file could point to nothing, so the newest
+checkpoint; `state.json` says whether it is still undamaged. A `latest` file could point to nothing, so the newest
 checkpoint is the one with the highest step that passes validation.
 """
 

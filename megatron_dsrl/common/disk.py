@@ -23,7 +23,7 @@ _REMEDIES = {
 
 
 def remedy(error: OSError) -> str | None:
-    """What a user can do about a file that cannot be used; None where the cause may be a bug."""
+    """What a user can do about a file that cannot be used; None if the cause may be a bug."""
     if error.filename is None:
         return None
     return next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), None)

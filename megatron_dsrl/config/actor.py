@@ -52,7 +52,7 @@ class LoraConfig(Section):
     """Scale of the adapters' output, divided by `rank`."""
 
     target_modules: list[ProjectionName] = Field(default_factory=lambda: list(get_args(ProjectionName)), min_length=1)
-    """Projections with an adapter, by PEFT's names. Every projection has its own A and B, also where Megatron fuses
+    """Projections with an adapter, by PEFT's names. Every projection has its own A and B, even if Megatron fuses
     several into one layer. Experts get none: for a mixture of experts, name attention projections."""
 
     @field_validator("target_modules")

@@ -57,7 +57,7 @@ def inheriting_schema(section: type[Section]) -> dict[str, Any]:
 
 
 def partial_schema(section: type[Section]) -> dict[str, Any]:
-    """The schema of a section of which any part may be missing, except within the items of its lists."""
+    """A section's schema in which any part may be missing, except within list items."""
     whole = section_schema(section)
     definitions = whole.pop("$defs", {})
     partial = {PARTIAL + name: _partial(schema) for name, schema in definitions.items()}

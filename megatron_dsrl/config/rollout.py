@@ -57,7 +57,7 @@ class RolloutConfig(Section):
     """Top-k sampling; -1 is off."""
 
     dynamic_sampling: DynamicSamplingConfig | None = None
-    """Replace all-right and all-wrong groups with further prompts; null: keep them."""
+    """Replace all-right and all-wrong groups with new prompts; null: keep them."""
 
     partial_rollouts: PartialRolloutConfig | None = None
     """Do not wait for the longest responses but carry unfinished ones over to the next step. Older tokens keep the
@@ -232,8 +232,8 @@ class EngineConfig(Section):
 
     check_weights: Literal["never", "first", "always"] = "first"
     """When to compare digests of every weight in the engines with those of what was sent: after the first push to an
-    engine, after every push, or never. Engines that store weights in another form by `extra_arguments` need `never`;
-    those with `quantization` do not."""
+    engine, after every push, or never. Engines that store weights in another form because of `extra_arguments` need
+    `never`; those with `quantization` do not."""
 
     max_outstanding_samples: int = Field(default=1024, ge=1)
     """Samples that one engine runs or queues at a time. Further prompts go to the engine that frees up first."""

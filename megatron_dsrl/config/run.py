@@ -235,7 +235,7 @@ class SweepRunConfig(Section):
     """One method of a sweep."""
 
     config: str | Annotated[list[str], Field(min_length=1)]
-    """Its configuration file, or several, where the later wins, relative to the sweep's file."""
+    """Its configuration file, or several, the later winning; relative to the sweep's file."""
 
     overrides: list[str] = Field(default_factory=list)
     """`key.path=value`, after the sweep's own."""

@@ -43,8 +43,8 @@ ServerUrl = Annotated[str, AfterValidator(_server_url)]
 class Section(BaseModel):
     """A configuration section.
 
-    Unknown keys are refused, values are never coerced from another kind (`"3"` is not an integer), and a section
-    cannot change after it was built. The docstring under a field is its documentation.
+    Unknown keys are refused, values are never coerced from another type (`"3"` is not an integer), and a section cannot
+    change after it was built. The docstring under a field is its documentation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

@@ -121,7 +121,7 @@ def _without_sharing(data: Any) -> Any:
 def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath, int]) -> None:
     """Fill `lines` from the node tree; refuses repeated keys, which PyYAML would silently let win."""
     line = lines[path] = node.start_mark.line + 1
-    if len(path) > MAX_DEPTH:  # also where an alias contains itself
+    if len(path) > MAX_DEPTH:  # also catches an alias that contains itself
         raise UserError(f"{source}, line {line}: {_TOO_DEEP}; an alias (`*name`) may contain itself")
     if len(lines) > MAX_VALUES:
         raise UserError(

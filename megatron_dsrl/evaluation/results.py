@@ -172,7 +172,7 @@ def result_cells(summary: Summary) -> tuple[str, ...]:
 
 
 def published_cells(size: str) -> list[str]:
-    """The published averages of a model size; a cell is empty where there is none."""
+    """The published averages of a model size; a cell without one is empty."""
     values = AVERAGE_OF_SIX[size]
     return [f"{values[method]:.2f}" if method in values else "" for method in AVERAGED_METHODS]
 

@@ -62,7 +62,7 @@ class RunRecords:
         return tuple(record["step"] for record in self.steps)
 
     def column(self, key: str) -> tuple[float | None, ...]:
-        """One key over all steps; None where it is absent or null."""
+        """One key over all steps; None if it is absent or null."""
         return tuple(record.get(key) for record in self.steps)
 
     def known(self, key: str) -> list[float]:
@@ -71,7 +71,7 @@ class RunRecords:
 
 
 def read_run(folder: Path) -> RunRecords:
-    """Read a run folder, also while the run is still going.
+    """Read a run folder, even while the run is still going.
 
     Raises UserError when the folder is missing, is not a run folder or holds damaged files.
     """

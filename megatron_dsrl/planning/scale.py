@@ -1,8 +1,8 @@
 """Estimated seconds of a step from one node to thousands of GPUs, and the first part that stops scaling.
 
-The layout of one model stays the same, and further GPUs are used for data parallelism. There are two cases. If the
-batch grows with the GPUs (`with_batch_for`), every part whose time grows limits scaling; if the batch stays the same,
-every part whose time does not shrink does. No run of this size has been made; the constants below name their sources.
+The layout of one model stays the same, and more GPUs mean more data parallelism. There are two cases. If the batch
+grows with the GPUs (`with_batch_for`), every part whose time grows limits scaling; if the batch stays the same, every
+part whose time does not shrink does. No run of this size has been made; the constants below name their sources.
 
 Parts of a step, one after the other (with `rollout.max_staleness`, generation runs beside update and gradients):
 

@@ -202,7 +202,7 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
 
 
 def _rest_of_the_run(config: RunConfig, files: RunFiles) -> str:
-    """What the run takes beside its steps: evaluations and disk."""
+    """What the run takes besides its steps: evaluations and disk."""
     due, sets = Due(config), config.evaluation.sets
     evaluations = sum(due.evaluate(step) for step in range(config.steps + 1)) if sets else 0
     of_sets = f" ({', '.join(one.name for one in sets)})" if sets else ""

@@ -74,7 +74,7 @@ def changed_inputs(folder: Path, after_step: int) -> list[ChangedFact]:
     before = starts_that_count(folder, after_step)[-1:]
     changes = changes_between_starts([*before, *read_starts(folder)[-1:]])
     inputs = [change for change in changes if change.name in INPUTS or change.name.startswith(PROBLEMS)]
-    return [change for change in inputs if NOT_RECORDED not in (change.before, change.after)]  # such as a further set
+    return [change for change in inputs if NOT_RECORDED not in (change.before, change.after)]  # such as a new set
 
 
 def _over_starts(starts: Sequence[dict[str, str]], name: str) -> str:

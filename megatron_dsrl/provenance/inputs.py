@@ -20,7 +20,7 @@ DATA_BYTES_READ = 2**30
 """The same for the files of a prompt set."""
 
 FileHashes = dict[str, dict[str, Any]]
-"""`bytes` and `sha256` (None where the file was not read) by file name."""
+"""`bytes` and `sha256` (None if the file was not read) by file name."""
 
 
 def describe_model(path: str, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`provenance.jsonl`: one record for every start of a command in a folder, written before its work begins.
 
-The record tells later what produced the results. It names what could not be determined; if it cannot be written, the
-run prints a warning and continues.
+The record documents what produced the results. It names what could not be determined; if it cannot be written, the run
+prints a warning and continues.
 """
 
 import json
@@ -119,7 +119,7 @@ def devices() -> dict[str, Any]:
 
 
 def processor_name(file: Path) -> str:
-    """The model of the first processor in `/proc/cpuinfo`; the architecture where it names none (ARM)."""
+    """The model of the first processor in `/proc/cpuinfo`; the architecture if it names none (Arm)."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.machine())

@@ -111,8 +111,8 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
 def write_upload(upload: Upload) -> Path:
     """Write what `push` would upload, and nothing else, to `DRY_RUN_FOLDER` within the folder of the policy.
 
-    Files are hard links where the file system supports them, and otherwise copies. An earlier dry run is overwritten.
-    Returns the folder written. Raises UserError if the folder holds other files or cannot be written.
+    Files are hard links if the file system supports them, otherwise copies. An earlier dry run is overwritten. Returns
+    the folder written. Raises UserError if the folder holds other files or cannot be written.
     """
     folder = upload.folder / DRY_RUN_FOLDER
     try:
@@ -173,7 +173,7 @@ def _exported_model(name: str) -> EvaluatedModel:
 
 @contextmanager
 def _asking_to_write(repository: str, endpoint: str) -> Iterator[None]:
-    """Raise UserError in place of what the hub's clients raise."""
+    """Raise UserError instead of what the hub's clients raise."""
     try:
         yield
     except UserError:

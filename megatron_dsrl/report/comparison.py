@@ -32,7 +32,7 @@ SHARE = ValueAxis("accuracy", at_least=0.0, at_most=1.0)
 
 
 def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Two-sided p-value of Welch's t-test; None where a side has a single value or neither varies."""
+    """Two-sided p-value of Welch's t-test; None if a side has a single value or neither varies."""
     if min(len(one), len(other)) < 2 or (stdev(one) == 0 and stdev(other) == 0):
         return None
     return float(stats.ttest_ind(one, other, equal_var=False).pvalue)

@@ -143,7 +143,7 @@ class RunsTable:
 
     runs: tuple[str, ...]
     rows: list[tuple[str, str, list[Figure | None]]]
-    """Figures in which the runs differ: label, the note that all share, and a cell per run; None where it has none."""
+    """Figures in which the runs differ: label, the note that all share, and a cell per run; None if it has none."""
     differences: list[tuple[str, list[str]]]
     """Configuration fields in which the runs differ: dotted path, and each run's value."""
     same: list[Figure]

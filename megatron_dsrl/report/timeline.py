@@ -1,4 +1,4 @@
-"""The timeline of a run read back from what its ranks have written, also while it runs or after it was killed, and its
+"""The timeline of a run read back from what its ranks have written, even while it runs or after it was killed, and its
 summary: how busy every engine was, and where unfinished ranks are.
 
 Seconds per part of a step are in `metrics.jsonl` (`seconds/*`) and in the report's time table.

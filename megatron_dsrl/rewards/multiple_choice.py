@@ -1,9 +1,9 @@
 r"""Multiple choice: one letter, in the last box or in the last statement of the answer.
 
-Statements are those that the benchmarks' own extraction looks for: "the answer is (C)" and "Answer: C" (MMLU-Pro,
-arXiv 2406.01574; GPQA, arXiv 2311.12022; lm-evaluation-harness), also with "option" or "choice", and "option (C) is
-correct". Differences: a box takes precedence over a statement, the last statement counts instead of the first, there is
-no further search without either, and naming several letters is wrong, so that a model cannot hedge.
+Statements are those that the benchmarks' own extraction looks for: "the answer is (C)" and "Answer: C" (MMLU-Pro, arXiv
+2406.01574; GPQA, arXiv 2311.12022; lm-evaluation-harness), also with "option" or "choice", and "option (C) is correct".
+Differences: a box takes precedence over a statement, the last statement counts instead of the first, nothing else is
+searched without either, and naming several letters is wrong, so that a model cannot hedge.
 """
 
 import re

@@ -49,7 +49,7 @@ class BuiltIn:
     answer: str | None = None
     """`f(response)`: the response's normalised answer, for majority votes."""
     longest_seconds: str | None = None
-    """`f(options)`: how long it may take, in seconds, where that can exceed the default `reward.timeout_seconds`."""
+    """`f(options)`: how long it may take, in seconds, if that can exceed the default `reward.timeout_seconds`."""
     reads_gold: str | None = None
     """`f(answer)`: whether the verifier can compare this gold answer by value, and not only as a string."""
 

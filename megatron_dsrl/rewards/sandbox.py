@@ -7,7 +7,7 @@ system calls of `sandbox_filter.py`: it cannot start processes, so every limit h
 the kernel refuses to set up is an error, and the program is not started.
 
 Where programs cannot be isolated, a caller may run them unsafely: with the limits of one process, the same system
-calls, and Landlock where the kernel has it, in a temporary folder on disk.
+calls, and Landlock if the kernel has it, in a temporary folder on disk.
 
 This module is the caller's side: it starts the sandbox, waits and reads the verdict. It uses the standard library only.
 

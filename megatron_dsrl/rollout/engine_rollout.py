@@ -47,7 +47,7 @@ from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_gro
 
 
 class EngineRollout:
-    """Samples from SGLang engines, which lend the trainer their memory where the platform can. Rank 0 judges."""
+    """Samples from SGLang engines, which lend the trainer their memory if the platform supports it. Rank 0 judges."""
 
     def __init__(
         self,

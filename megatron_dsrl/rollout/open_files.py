@@ -54,7 +54,7 @@ class RequestLimit:
         """Requests that found no file descriptor since the last that did."""
 
     def is_reached(self, in_flight: int) -> bool:
-        """Whether further requests must wait. Warns the first time that they must."""
+        """Whether more requests must wait. Warns the first time that they must."""
         if in_flight < self._most:
             return False
         if not self._has_warned:

@@ -34,7 +34,7 @@ class WithoutEngines:
         """`setting` is the configuration field that says where the responses are, for messages."""
         self.carried = CarryOver()
         self.training_sampling = sampling
-        """Only tells the length limit here."""
+        """Only gives the length limit here."""
         self._setting = setting
 
     def generate(self, *request: object, **options: object) -> list[SampleGroup]:

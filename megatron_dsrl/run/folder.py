@@ -79,7 +79,7 @@ def record_run_start(
         command: `train` or `rollout`.
         after_step: the checkpoint's step that the run continues after; 0 from the beginning.
         report: called on rank 0 with a line on a verifier that depends on the machine, and with a warning if there can
-            be no record, or if the run continues with another model or other data under the same path.
+            be no record, or if the run continues with a different model or different data under the same path.
     """
     held_out = (evaluation_set.reward for evaluation_set in config.evaluation.sets)
     rewards = [config.reward, *(one.config for one in config.data.set_rewards.values()), *held_out]

@@ -52,7 +52,7 @@ class StopSignal:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A request, also an earlier one, ends the block with StopRequested."""
+        """A request, even an earlier one, ends the block with StopRequested."""
         self._interruptible = True
         try:
             if self.requested:

@@ -117,7 +117,7 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     space, so they have different names: `policy/entropy` is that of P(y|x), `pre_train/entropy` that of P(y). Mismatch
     metrics compare trainer and engine, which makes sense only if both condition on the prompt; in the pre-train space
     only the gap is kept, which is the one between log P(y) and log P(y|x). Loss, gradient norm and learning rate belong
-    to the step's update and keep their names; `scored_spaces` tells where their meaning changes.
+    to the step's update and keep their names; `scored_spaces` says where their meaning changes.
     """
     names = [f"{name}/{count}" for name in phase.objectives for count in ("kept_samples", "kept_tokens")]
     counts: dict[str, float] = dict.fromkeys(names, 0)
@@ -138,7 +138,7 @@ def scored_spaces(phase: PhaseConfig) -> str:
 
 
 def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[str, float]:
-    """An objective's metrics of scored tokens, under names that tell the distribution that they describe."""
+    """An objective's metrics of scored tokens, under names that say which distribution they describe."""
     mismatch, prefix = (*MISMATCH_MEANS, *MISMATCH_MAXIMA), "" if name == MAIN_OBJECTIVE else f"{name}/"
     if space.prompt_in_context:
         return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}

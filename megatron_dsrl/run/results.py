@@ -28,7 +28,7 @@ def has_results(run_folder: Path, evaluation: EvaluationConfig, step: int) -> bo
 def finished_step(config: RunConfig) -> int | None:
     """The last step of a complete run: recorded, saved, exported and evaluated. None if something is missing.
 
-    Raises UserError if the folder has a complete run with another configuration.
+    Raises UserError if the folder has a complete run with a different configuration.
     """
     run_folder = Path(config.output_dir) / config.name
     file = run_folder / records.CONFIG_FILE

@@ -122,8 +122,7 @@ def _holds(owner: Owner) -> bool:
 
 
 def _gather_bucket(held: Sequence[tuple[TableEntry, Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """All HF tensors of a bucket, from this rank's and the other ranks' shards of its entries; views where they can
-    be."""
+    """All HF tensors of a bucket, from this rank's and the other ranks' shards of its entries; views if possible."""
     are_experts = held[0][0].rule.per_expert  # the same for all entries of a bucket
     group = (
         parallel_state.get_expert_tensor_parallel_group()

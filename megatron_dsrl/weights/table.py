@@ -1,7 +1,7 @@
 """The two-way weight table HF <-> Megatron of a model of any supported family.
 
 The same table is used for loading, random initialisation, weight sync to the engine, export, and conversion to and from
-Megatron's distributed checkpoints. LoRA adapters have a table of their own (peft.py).
+Megatron's distributed checkpoints. LoRA adapters have their own table (peft.py).
 
 If a rule has two Megatron names, the first is that of local layers. The second is Transformer Engine's, for a norm that
 it fuses into the following matrix, or for an expert in its grouped matrix products.

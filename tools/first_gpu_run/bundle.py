@@ -27,7 +27,7 @@ SYSTEM_COMMANDS = (
     ("free", "-g"),
     ("lsb_release", "-a"),
 )
-"""Their output is in the archive where they exist."""
+"""Their output is in the archive if they exist."""
 COMMAND_SECONDS = 30
 
 

@@ -17,7 +17,7 @@ LAST_LINES = 30
 
 
 def run_part(part: Part, record: Record) -> Result:
-    """The result of a part: its figures, also those before a failure; or why it was skipped.
+    """The result of a part: its figures, including those before a failure; or why it was skipped.
 
     Args:
         part: is run with its arguments for a CPU if the record is about one.

@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def fitting_config(folder: Path, options: argparse.Namespace, architecture: Architecture, capacity: int) -> RunConfig:
-    """The configuration with the wanted micro-batches or, where these do not fit according to the plan, smaller ones.
+    """The configuration with the wanted micro-batches or, if these do not fit according to the plan, smaller ones.
 
     Args:
         capacity: memory of the device in bytes.

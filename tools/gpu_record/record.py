@@ -53,7 +53,7 @@ class Record:
         return [result for result in self.results if result.status == "failed"]
 
     def add(self, result: Result) -> None:
-        """Add a result, in place of an earlier one of the same name, and save both files."""
+        """Add a result, replacing an earlier one of the same name, and save both files."""
         names = [other.name for other in self.results]
         place = names.index(result.name) if result.name in names else len(names)
         self.results[place : place + 1] = [result]

@@ -35,7 +35,7 @@ def resolve() -> str:
     """Resolve the requirements with uv, constrained to the lock's versions.
 
     Raises:
-        RuntimeError: with uv's explanation, if they do not fit together or cannot be found.
+        RuntimeError: with uv's explanation, if they are incompatible or cannot be found.
     """
     inputs = [str(FOLDER.parents[1] / "pyproject.toml"), str(FOLDER / "requirements.in")]
     constraints = ["--constraints", str(FOLDER / "requirements.lock")]
@@ -71,7 +71,7 @@ def declared_requirements(package: str, version: str) -> list[Requirement]:
 
 
 def missing_requirements(declared: Iterable[Requirement], locked: Mapping[str, str]) -> list[str]:
-    """What of `declared` the locked versions do not fulfil, as in the metadata; extras are not asked for.
+    """The requirements in `declared` that the locked versions do not meet, as in the metadata; without extras.
 
     Args:
         declared: requirements of a package that is installed without dependencies.

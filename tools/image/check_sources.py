@@ -79,7 +79,7 @@ def headers_of_wheels() -> list[Path]:
 
 
 def problem(compilation: Compilation) -> str | None:
-    """The beginning of what the compiler says; None if it accepts the file."""
+    """The beginning of the compiler's output; None if it accepts the file."""
     if compilation.compiler == "nvcc":
         nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
         command = [str(nvcc), *(f"-Xcompiler=-idirafter,{path}" for path in headers_of_wheels())]
@@ -107,7 +107,7 @@ def check(package: Path, only: list[str], device: bool, scratch: Path) -> list[P
     copy, not_copied = scratch.resolve() / package.resolve().name, shutil.ignore_patterns(".git", "build")
     shutil.copytree(package, copy, ignore=not_copied)
     found_compilations = compilations(copy, scratch.resolve())
-    # Transformer Engine's set-up removes its headers in the end.
+    # Transformer Engine's set-up removes its headers at the end.
     shutil.copytree(package, copy, ignore=not_copied, dirs_exist_ok=True)
     refused, left_out = [], 0
     for compilation in found_compilations:

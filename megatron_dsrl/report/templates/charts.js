@@ -9,13 +9,13 @@ const charts = [...document.querySelectorAll("figure[data-chart]")].map((figure)
   return { ...data, steps, figure, svg: figure.querySelector("svg"), at: steps.indexOf(shown), first: steps.indexOf(shown) };
 });
 
-// Where a value lies in the drawing, as `Axes` in chart_source.py; `log` is the base of a logarithmic axis.
+// Where a value lies in the drawing, like `Axes` in chart_source.py; `log` is the base of a logarithmic axis.
 function place({ log, ends: [low, high], places: [start, end] }, value) {
   const scaled = log ? Math.log(value) / Math.log(log) : value;
   return start + (Math.min(Math.max(scaled, low), high) - low) / (high - low) * (end - start);
 }
 
-// A value for people, as `number` in chart_source.py.
+// A value for display, like `number` in chart_source.py.
 function inWords(value, error) {
   if (value === null) return "none";
   const size = Math.abs(value);

@@ -50,8 +50,8 @@ class BucketMemory:
 
 
 def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
-    """One byte tensor that holds all tensors of the bucket, of which there is at least one, and the table of their
-    offsets, multiples of `alignment_bytes`."""
+    """One byte tensor that holds all tensors of the bucket (at least one), and the table of their offsets, multiples of
+    `alignment_bytes`."""
     assert bucket, "a bucket holds at least one tensor"
     table, offset, padded = [], 0, []
     for name, tensor in bucket:

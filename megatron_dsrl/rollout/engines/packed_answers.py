@@ -33,7 +33,7 @@ class Answer:
 
     response_ids: "array[int]"
     log_probs: "array[float]"
-    """NaN where the engine has none."""
+    """NaN if the engine has none."""
     meta: dict[str, Any]
     """The entries `KEPT` of SGLang's `meta_info`."""
 

@@ -55,7 +55,7 @@ class Engines(Protocol):
         """
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """Replace the weights of all engines. Engines that are lost, before or meanwhile, are restarted first.
+        """Replace the weights of all engines. Engines that were lost before, or are lost here, are restarted.
 
         Args:
             make_buckets: gathers the weights again each time it is called; collective over all ranks.
