@@ -29,7 +29,7 @@ def add_analyse(commands: Commands) -> None:
 
 def _add_kind(kinds: Commands, name: str, command: Callable[[argparse.Namespace], int], what: str) -> Command:
     """Add an analysis with the arguments that all of them share."""
-    parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
+    parser = add_command(kinds, name, command, what, description=what[0].upper() + what[1:] + ".")
     accepted = "run folder" if name in ("problems", "lengths") else "run folder, or a sample file of dsrl eval"
     parser.add_argument("source", metavar="RUN", type=Path, help=accepted)
     default = "the first one" if name == "gradients" else "all"
@@ -77,13 +77,7 @@ def _add_behaviours(kinds: Commands) -> None:
 
 
 def _add_pass_at_k(kinds: Commands) -> None:
-    parser = add_command(
-        kinds,
-        "pass-at-k",
-        _pass_at_k,
-        help="Pass@K curves of several evaluations in one figure",
-        description="Compare several evaluations in pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl.",
-    )
+    parser = add_command(kinds, "pass-at-k", _pass_at_k, "Pass@K curves of several evaluations in one figure")
     parser.add_argument(
         "evaluations",
         metavar="LABEL=DIR,DIR",
@@ -187,6 +181,7 @@ def _print_gradients(number: int, record: dict) -> None:
 
 
 def _pass_at_k(options: argparse.Namespace) -> int:
+    """Compare several evaluations in pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl."""
     from megatron_dsrl.analysis import pass_at_k_curves as curves
     from megatron_dsrl.charts.figure import write_figure
     from megatron_dsrl.common.disk import write_result

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -52,9 +53,12 @@ class Command(argparse.ArgumentParser):
         )
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], **texts: Any) -> Command:
-    """Add a command. `run` returns the exit status; `texts` are `help`, `description` and `epilog` for argparse."""
-    parser = commands.add_parser(name, **texts)
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, **texts: Any
+) -> Command:
+    """Add a command. `run` returns the exit status; its docstring is the description, unless `texts` for argparse has
+    another."""
+    parser = commands.add_parser(name, help=summary, **{"description": cleandoc(run.__doc__ or ""), **texts})
     parser.set_defaults(command=run, parser=parser)
     return parser
 

@@ -31,12 +31,7 @@ def add_convert(commands: Commands) -> None:
 
 def _add_hf_to_megatron(directions: Commands) -> None:
     parser = add_command(
-        directions,
-        "hf-to-megatron",
-        _hf_to_megatron,
-        help="HF folder or hub name to Megatron distributed checkpoint",
-        description="Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes below "
-        "only set how it is split into chunks.",
+        directions, "hf-to-megatron", _hf_to_megatron, "HF folder or hub name to Megatron distributed checkpoint"
     )
     parser.add_argument("source", metavar="SOURCE", help="HF folder or hub name, such as Qwen/Qwen3-8B")
     parser.add_argument("target", metavar="TARGET", type=Path, help="output folder")
@@ -57,13 +52,7 @@ def _add_hf_to_megatron(directions: Commands) -> None:
 
 
 def _add_megatron_to_hf(directions: Commands) -> None:
-    parser = add_command(
-        directions,
-        "megatron-to-hf",
-        _megatron_to_hf,
-        help="Megatron distributed checkpoint to HF folder",
-        description="Convert a Megatron distributed checkpoint of any layout to an HF folder.",
-    )
+    parser = add_command(directions, "megatron-to-hf", _megatron_to_hf, "Megatron distributed checkpoint to HF folder")
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -114,14 +103,7 @@ def _add_common(parser: Command) -> None:
 
 
 def _add_verify(directions: Commands) -> None:
-    parser = add_command(
-        directions,
-        "verify",
-        _verify,
-        help="compare an HF folder and a Megatron checkpoint",
-        description="Compare every tensor of an HF folder and a Megatron checkpoint made from it, and the logits of "
-        "both models if they fit in memory. If they differ, print the names and exit with status 2.",
-    )
+    parser = add_command(directions, "verify", _verify, "compare an HF folder and a Megatron checkpoint")
     parser.add_argument("hf", metavar="HF", type=Path, help="HF folder")
     parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder or run folder")
     _add_model(parser, "MEGATRON")
@@ -130,6 +112,8 @@ def _add_verify(directions: Commands) -> None:
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
+    """Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes below only set how it
+    is split into chunks."""
     with loading_megatron(what="PyTorch"):
         from megatron_dsrl.conversion.convert import convert_hf_to_megatron
         from megatron_dsrl.conversion.distributed_checkpoint_writer import CheckpointLayout
@@ -149,6 +133,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
+    """Convert a Megatron distributed checkpoint of any layout to an HF folder."""
     with loading_megatron(what="PyTorch"):
         from megatron_dsrl.common.collective import rank
         from megatron_dsrl.conversion.convert import convert_megatron_to_hf
@@ -168,6 +153,8 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    """Compare every tensor of an HF folder and a Megatron checkpoint made from it, and the logits of both models if
+    they fit in memory. If they differ, print the names and exit with status 2."""
     with loading_megatron(what="PyTorch"):
         from megatron_dsrl.conversion.verify import verify
         from megatron_dsrl.conversion.work import conversion_processes

@@ -23,10 +23,7 @@ def add_eval(commands: Commands) -> None:
         commands,
         "eval",
         _eval,
-        help="evaluate a model on benchmarks",
-        description="Sample a model on benchmarks with the same engines as training, score the samples, and write "
-        "results.json, results.md and pass_at_k.svg. Every sample is saved as soon as it is finished, and the same "
-        "command resumes an interrupted evaluation.",
+        "evaluate a model on benchmarks",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
     parser.add_argument(
@@ -58,6 +55,9 @@ def add_eval(commands: Commands) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    """Sample a model on benchmarks with the same engines as training, score the samples, and write results.json,
+    results.md and pass_at_k.svg. Every sample is saved as soon as it is finished, and the same command resumes an
+    interrupted evaluation."""
     from megatron_dsrl.config.benchmark import benchmark_names
 
     if not options.benchmarks:
@@ -90,9 +90,7 @@ def add_rescore(commands: Commands) -> None:
         commands,
         "rescore",
         _rescore,
-        help="score the samples of an evaluation again with another verifier",
-        description="Score the samples that `dsrl eval` saved with another verifier, without sampling again, and write "
-        "the results as a second evaluation. `hendrycks` scores as the paper's released code does.",
+        "score the samples of an evaluation again with another verifier",
         epilog="example: dsrl rescore evaluations/Qwen3-4B --verifier hendrycks --output evaluations/hendrycks",
     )
     parser.add_argument("evaluation", metavar="DIR", type=Path, help="output folder of dsrl eval")
@@ -101,6 +99,8 @@ def add_rescore(commands: Commands) -> None:
 
 
 def _rescore(options: argparse.Namespace) -> int:
+    """Score the samples that `dsrl eval` saved with another verifier, without sampling again, and write the results as
+    a second evaluation. `hendrycks` scores as the paper's released code does."""
     from megatron_dsrl.config.data import RewardConfig
     from megatron_dsrl.evaluation.rescore import rescore
     from megatron_dsrl.evaluation.results import markdown, read_results
@@ -118,10 +118,7 @@ def add_table(commands: Commands) -> None:
         commands,
         "table",
         _table,
-        help="print the paper's results table, filled with your evaluations",
-        description="Print the paper's results table in Markdown, with results of `dsrl eval` beside the published "
-        "ones; cells without a measurement stay empty. Use these names for the paper's methods: base, GRPO, PPO, "
-        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        "print the paper's results table, filled with your evaluations",
         epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
     )
     parser.add_argument(
@@ -135,6 +132,9 @@ def add_table(commands: Commands) -> None:
 
 
 def _table(options: argparse.Namespace) -> int:
+    """Print the paper's results table in Markdown, with results of `dsrl eval` beside the published ones; cells without
+    a measurement stay empty. Use these names for the paper's methods: base, GRPO, PPO, REINFORCE++, RLOO, Dr.GRPO,
+    DAPO, NSR-RL warm-up and DSRL."""
     from megatron_dsrl.common.disk import write_result
     from megatron_dsrl.evaluation.paper_table import paper_table
     from megatron_dsrl.evaluation.results import newest_results

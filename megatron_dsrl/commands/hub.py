@@ -12,7 +12,7 @@ def add_fetch(commands: Commands) -> None:
         commands,
         "fetch",
         _fetch,
-        help="download what a run needs from the hub",
+        "download what a run needs from the hub",
         description="Download a run's model, tokenizer and prompts, and benchmarks, in one process. Afterwards all "
         "ranks, and machines without a network that share the hub's cache (HF_HOME), read them from there.",
         epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
@@ -48,9 +48,7 @@ def add_push(commands: Commands) -> None:
         commands,
         "push",
         _push,
-        help="upload an exported policy with its model card to the Hugging Face hub",
-        description="Upload the newest policy that a run has exported, with a model card describing its method, data, "
-        "configuration and evaluations. Needs a token with write access: HF_TOKEN, or `hf auth login`.",
+        "upload an exported policy with its model card to the Hugging Face hub",
         epilog="example: dsrl push runs/tiny_dsrl someone/tiny-dsrl --dry-run",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, one of its exports, or an HF folder with a README.md")
@@ -69,6 +67,8 @@ def add_push(commands: Commands) -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
+    """Upload the newest policy that a run has exported, with a model card describing its method, data, configuration
+    and evaluations. Needs a token with write access: HF_TOKEN, or `hf auth login`."""
     from megatron_dsrl.platform import silence_expected_warnings
 
     silence_expected_warnings()

@@ -10,10 +10,7 @@ def add_plan(commands: Commands) -> None:
         commands,
         "plan",
         _plan,
-        help="predict memory and time of a run, and list the layouts that fit",
-        description="Predict the memory of every GPU in an update, a weight push and generation, the operations and "
-        "seconds of a step, and the largest lengths that fit, and list layouts that fit. Exits with status 0 if the "
-        "run fits, otherwise 1. Needs no GPU, and no network for Qwen3's published sizes.",
+        "predict memory and time of a run, and list the layouts that fit",
         epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
     )
     parser.add_config()
@@ -56,6 +53,9 @@ def _add_gpu(parser: Command) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Predict the memory of every GPU in an update, a weight push and generation, the operations and seconds of a step,
+    and the largest lengths that fit, and list layouts that fit. Exits with status 0 if the run fits, otherwise 1. Needs
+    no GPU, and no network for Qwen3's published sizes."""
     from rich.console import Console
 
     from megatron_dsrl.config.summary import batch_lines

@@ -10,14 +10,7 @@ from megatron_dsrl.common.numbers import counted
 
 
 def add_report(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "report",
-        _report,
-        help="write an HTML report of one run, or compare several",
-        description="Write one self-contained HTML page with charts to RUN/report.html, even while the run is still "
-        "going. For several runs, write a comparison to comparison.html in the first folder.",
-    )
+    parser = add_command(commands, "report", _report, "write an HTML report of one run, or compare several")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
     parser.add_argument(
@@ -26,6 +19,8 @@ def add_report(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    """Write one self-contained HTML page with charts to RUN/report.html, even while the run is still going. For several
+    runs, write a comparison to comparison.html in the first folder."""
     from megatron_dsrl.report.comparison import write_learning_curve
     from megatron_dsrl.report.report import write_report
 
@@ -40,18 +35,15 @@ def _report(options: argparse.Namespace) -> int:
 
 def add_trace(commands: Commands) -> None:
     parser = add_command(
-        commands,
-        "trace",
-        _trace,
-        help="write a timeline of all ranks and engines for ui.perfetto.dev, and print a summary",
-        description="Join the timelines of all ranks and engines into one file for ui.perfetto.dev or "
-        "chrome://tracing, and print a summary. Works while the run is still going and after it was killed.",
+        commands, "trace", _trace, "write a timeline of all ranks and engines for ui.perfetto.dev, and print a summary"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="output file (default: RUN/trace/trace.json)")
 
 
 def _trace(options: argparse.Namespace) -> int:
+    """Join the timelines of all ranks and engines into one file for ui.perfetto.dev or chrome://tracing, and print a
+    summary. Works while the run is still going and after it was killed."""
     from rich.console import Console
 
     from megatron_dsrl.observability.timeline import TRACE_FOLDER, profile_files
@@ -72,12 +64,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 def add_compare(commands: Commands) -> None:
     parser = add_command(
-        commands,
-        "compare",
-        _compare,
-        help="compare methods with several runs each in a table and learning curves",
-        description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
-        "baseline) and comparison.svg (learning curves).",
+        commands, "compare", _compare, "compare methods with several runs each in a table and learning curves"
     )
     parser.add_argument(
         "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or a RUN"
@@ -93,6 +80,8 @@ def add_compare(commands: Commands) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    """Write comparison.md (held-out results with 95 % intervals over runs, and tests against the baseline) and
+    comparison.svg (learning curves)."""
     from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
 
     methods = labelled_folders(options.methods)
@@ -109,10 +98,7 @@ def add_upload(commands: Commands) -> None:
         commands,
         "upload",
         _upload,
-        help="send a run folder to experiment trackers, for example after running without a network",
-        description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or "
-        "your own tracker. Only sends what the tracker does not have yet, so you can repeat it while the run is "
-        "going.",
+        "send a run folder to experiment trackers, for example after running without a network",
         epilog="example: dsrl upload runs/tiny_dsrl --to mlflow tracking_uri=http://127.0.0.1:5000",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
@@ -130,6 +116,8 @@ def add_upload(commands: Commands) -> None:
 
 
 def _upload(options: argparse.Namespace) -> int:
+    """Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or your own tracker.
+    Only sends what the tracker does not have yet, so you can repeat it while the run is going."""
     from megatron_dsrl.observability.trackers.upload import chosen_trackers, upload
 
     trackers = chosen_trackers(options.run, options.to, options.overrides)

@@ -23,9 +23,7 @@ def add_rollout(commands: Commands) -> None:
         commands,
         "rollout",
         _rollout,
-        help="sample the steps of a run, without training",
-        description="Sample the steps of a run with its initial weights, without a trainer. A run with "
-        "rollout.replay_from can train on the result without engines.",
+        "sample the steps of a run, without training",
         epilog="example: dsrl rollout configs/tiny_dsrl.yaml name=sampled steps=2",
     )
     parser.add_config()
@@ -33,6 +31,8 @@ def add_rollout(commands: Commands) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> int:
+    """Sample the steps of a run with its initial weights, without a trainer. A run with rollout.replay_from can train
+    on the result without engines."""
     from megatron_dsrl.run.preflight import preflight
 
     config = read_config(options)
@@ -49,10 +49,7 @@ def add_serve(commands: Commands) -> None:
         commands,
         "serve",
         _serve,
-        help="start an SGLang server for a run with engine.urls",
-        description="Start an SGLang server for a run that names it in engine.urls, with the settings of the run's "
-        "engine section, and keep it running until it is stopped (Ctrl-C). Callers need the key in the environment "
-        "variable DSRL_ENGINE_API_KEY, if it is set.",
+        "start an SGLang server for a run with engine.urls",
         epilog="example: dsrl serve examples/asynchronous/run.yaml --port 30000",
     )
     parser.add_config()
@@ -68,6 +65,9 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    """Start an SGLang server for a run that names it in engine.urls, with the settings of the run's engine section, and
+    keep it running until it is stopped (Ctrl-C). Callers need the key in the environment variable DSRL_ENGINE_API_KEY,
+    if it is set."""
     from megatron_dsrl.run.serving import serve
 
     serve(read_config(options), options.host, options.port)
@@ -79,8 +79,7 @@ def add_samples(commands: Commands) -> None:
         commands,
         "samples",
         _samples,
-        help="read a run's recorded samples, with their token log-probs in both spaces",
-        description="Print recorded samples: prompts, responses, rewards, why they ended, and the engine's log-probs.",
+        "read a run's recorded samples, with their token log-probs in both spaces",
         epilog="split the model: dsrl samples RUN --log-probs --processes 2 parallel.tensor_parallel_size=2",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
@@ -102,6 +101,7 @@ def add_samples(commands: Commands) -> None:
 
 
 def _samples(options: argparse.Namespace) -> int:
+    """Print recorded samples: prompts, responses, rewards, why they ended, and the engine's log-probs."""
     from rich.console import Console
 
     from megatron_dsrl.analysis.responses import read_steps, recorded_steps

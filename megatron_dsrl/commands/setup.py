@@ -14,9 +14,7 @@ def add_config_command(commands: Commands) -> None:
         commands,
         "config",
         _config,
-        help="explain fields of the configuration: types, defaults, choices",
-        description="Explain a field or a section of the configuration: type, default, limits, choices and meaning. "
-        "Without a key, show the top level.",
+        "explain fields of the configuration: types, defaults, choices",
         epilog="example: dsrl config rollout.top_p; dsrl config phases.loss; dsrl config phases.loss.gspo",
     )
     parser.add_argument("key", metavar="KEY", nargs="?", help="dotted path; you may leave out positions in lists")
@@ -31,6 +29,8 @@ def add_config_command(commands: Commands) -> None:
 
 
 def _config(options: argparse.Namespace) -> int:
+    """Explain a field or a section of the configuration: type, default, limits, choices and meaning. Without a key,
+    show the top level."""
     from megatron_dsrl.config.kinds import KINDS, as_text
 
     kind = KINDS[options.kind]
@@ -55,18 +55,13 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def add_doctor(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "doctor",
-        _doctor,
-        help="check the installation and say how to fix problems",
-        description="List installed packages, devices and kernels, what is missing and how to fix it. Exit with status "
-        "0 if a CPU or GPU run is possible, otherwise 1.",
-    )
+    parser = add_command(commands, "doctor", _doctor, "check the installation and say how to fix problems")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    """List installed packages, devices and kernels, what is missing and how to fix it. Exit with status 0 if a CPU or
+    GPU run is possible, otherwise 1."""
     from megatron_dsrl.doctor.doctor import examine, print_as_json, print_for_people
 
     examination = examine()
@@ -80,7 +75,7 @@ def add_completion(commands: Commands, program: Command) -> None:
         commands,
         "completion",
         partial(_completion, program),
-        help="print a shell completion script",
+        "print a shell completion script",
         description="Print a script that makes the shell complete commands and options.",
         epilog="example: dsrl completion bash > ~/.local/share/bash-completion/completions/dsrl",
     )

@@ -24,7 +24,7 @@ def add_train(commands: Commands) -> None:
         commands,
         "train",
         run_training,
-        help="train a model as configured in a YAML file",
+        "train a model as configured in a YAML file",
         description="Train a model as configured in a YAML file. The same command resumes an interrupted run.",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
@@ -109,9 +109,7 @@ def add_sft(commands: Commands) -> None:
         commands,
         "sft",
         _sft,
-        help="fine-tune a model on the responses of a data set",
-        description="Supervised fine-tuning: train on prompt/response pairs (data.response_field) instead of samples. "
-        "No engine is started. The same command resumes an interrupted run.",
+        "fine-tune a model on the responses of a data set",
         epilog="example: dsrl sft examples/sft/run.yaml --epochs 2",
     )
     _add_run(parser)
@@ -124,6 +122,8 @@ def add_sft(commands: Commands) -> None:
 
 
 def _sft(options: argparse.Namespace) -> int:
+    """Supervised fine-tuning: train on prompt/response pairs (data.response_field) instead of samples. No engine is
+    started. The same command resumes an interrupted run."""
     options.overrides = [*FROM_DATA_SET, *options.overrides]
     if options.epochs is not None:
         options.overrides.append(f"steps={steps_of_epochs(options.config, options.overrides, options.epochs)}")
@@ -145,14 +145,7 @@ def steps_of_epochs(files: Sequence[str], overrides: Sequence[str], epochs: floa
 
 
 def add_sweep(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "sweep",
-        _sweep,
-        help="train several configurations with several seeds and compare them",
-        description="Train all runs in a sweep file and write the comparison to its output folder. After an "
-        "interruption run the same command again: finished runs are kept and interrupted ones resume.",
-    )
+    parser = add_command(commands, "sweep", _sweep, "train several configurations with several seeds and compare them")
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file; see `dsrl config --kind sweep`")
     parser.add_argument(
         "--parallel-runs", metavar="N", type=positive, default=1, help="number of runs to train at a time (default: 1)"
@@ -176,6 +169,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    """Train all runs in a sweep file and write the comparison to its output folder. After an interruption run the same
+    command again: finished runs are kept and interrupted ones resume."""
     from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
     from megatron_dsrl.run.sweep import load_sweep, run_sweep, runs_of, with_results
 
