@@ -154,14 +154,6 @@ class UpdateMetrics:
             router={name: sum(step.router[name] for step in steps) / len(steps) for name in steps[0].router},
         )
 
-    def flat(self) -> dict[str, float]:
-        """All metrics by name: `<objective>/<metric>` and `router/<metric>`."""
-        flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
-        for name, objective in self.objectives.items():
-            numbers = objective.totals() | objective.token_metrics()
-            flat |= {f"{name}/{key}": value for key, value in numbers.items()}
-        return flat | {f"router/{name}": value for name, value in self.router.items()}
-
 
 def share_with_all_stages(metrics: dict[str, ObjectiveMetrics] | None) -> dict[str, ObjectiveMetrics]:
     """Broadcast the metrics of the last pipeline stage to all stages."""

@@ -9,8 +9,7 @@ from typing import Any
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import lfs_advice
 from megatron_dsrl.common.numbers import positive_integer, positive_number
-from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
-from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.model.rope import RopeScaling, Yarn, read_rope
 
 
@@ -180,11 +179,6 @@ def _architecture(config: dict[str, Any], family: Family, path: Path) -> Archite
         experts=_experts(config, path) if family.has_experts else None,
         rope_scaling=scaling,
     )
-
-
-def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raise UserError, which names the field and the model size, unless the layout divides the model."""
-    refuse(model_problems(parallel, architecture.shape))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

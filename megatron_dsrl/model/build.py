@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_dsrl.config.layout import model_problems, refuse
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
-from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
+from megatron_dsrl.model.architecture import Architecture, Experts
 from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
 from megatron_dsrl.model.rope import Llama3Scaling, Yarn
 from megatron_dsrl.platform import current_platform
@@ -131,7 +132,7 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
         rows. The last stage returns logits [b, s, padded vocabulary / tensor-parallel size]. Under context parallelism
         s counts this rank's tokens (model/context_parallel.py).
     """
-    check_model_layout(architecture, parallel)
+    refuse(model_problems(parallel, architecture.shape))
     config, virtual_stages = transformer_config(architecture, model, parallel), parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     chunks = []

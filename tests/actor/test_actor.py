@@ -30,6 +30,7 @@ from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import parallel_layout
+from tests.support.actors import flat
 from tests.support.plain_torch import adamw
 
 pytestmark = pytest.mark.usefixtures("torch_distributed")
@@ -214,7 +215,7 @@ def test_a_step_without_any_gradient_is_one_with_a_gradient_of_zero(model) -> No
             update = actor.update([replace(uniform, needs_every_sample=needs_every_sample)])
             assert (update.loss, update.grad_norm) == (0, 0)
             results.append(weights_of(actor))
-    assert update.objectives["policy"].totals()["skipped_fraction"] == 1 and "policy/entropy" not in update.flat()
+    assert update.objectives["policy"].totals()["skipped_fraction"] == 1 and "policy/entropy" not in flat(update)
     assert all(torch.equal(weight, results[0][name]) for name, weight in results[1].items())
     assert any(not torch.equal(weight, before[name]) for name, weight in results[1].items())
 
@@ -223,7 +224,7 @@ def test_pre_train_space_does_not_depend_on_the_prompt(model) -> None:
     updates = []
     for prompt_seed in (0, 99):
         with one_process(model[0]) as actor:
-            updates.append(actor.update([objective_of(NSR_PRERL, prompt_seed)]).flat())
+            updates.append(flat(actor.update([objective_of(NSR_PRERL, prompt_seed)])))
     assert updates[0] == updates[1]
 
 
@@ -237,7 +238,7 @@ def test_skipping_the_old_log_probs_of_an_on_policy_step_changes_nothing(model, 
             if with_pass:
                 objective = actor.with_old_log_probs(objective)
                 assert objective.experience.old_log_probs is not None
-            results.append((actor.update([objective]).flat(), weights_of(actor)))
+            results.append((flat(actor.update([objective])), weights_of(actor)))
     (skipped, weights), (computed, same_weights) = results
     assert skipped == computed
     assert all(torch.equal(weight, same_weights[name]) for name, weight in weights.items())
@@ -273,7 +274,7 @@ def test_a_mask_of_ones_changes_nothing(model) -> None:
     batch, results = responses(), []
     for scored in (batch, [replace(r, scored=(True,) * len(r.response_ids)) for r in batch]):
         with one_process(model[0]) as actor:
-            updates = [actor.update([objective_of(phase, batch=scored)]).flat() for phase in (NSR_PRERL, GRPO)]
+            updates = [flat(actor.update([objective_of(phase, batch=scored)])) for phase in (NSR_PRERL, GRPO)]
             results.append((updates, weights_of(actor)))
     (without, weights), (with_mask, same_weights) = results
     assert without == with_mask
@@ -284,7 +285,7 @@ def test_an_update_is_repeatable_bit_for_bit(model) -> None:
     results = []
     for _ in range(2):
         with one_process(model[0]) as actor:
-            updates = [actor.update([objective_of(phase)]).flat() for phase in (NSR_PRERL, GRPO)]
+            updates = [flat(actor.update([objective_of(phase)])) for phase in (NSR_PRERL, GRPO)]
             results.append((updates, weights_of(actor)))
     (updates, weights), (same_updates, same_weights) = results
     assert updates == same_updates

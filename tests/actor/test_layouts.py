@@ -29,7 +29,7 @@ from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, Phas
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config, with_unscored_tokens
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 from tests.support.random_experts import random_experts
 from tests.support.tiny_run import REPOSITORY
@@ -248,7 +248,7 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
             for step, mini_batches in objectives(case, actor):
                 if mini_batches > 1:
                     step = [actor.with_old_log_probs(objective) for objective in step]
-                result["updates"].append(actor.update(step, mini_batches).flat())
+                result["updates"].append(flat(actor.update(step, mini_batches)))
                 result["weights"].append(weights_of(actor))
             results[name] = result
     destroy_parallel()

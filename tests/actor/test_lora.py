@@ -28,7 +28,7 @@ from tests.actor.test_actor import GRPO, NSR_PRERL, OPTIMIZER, objective_of, ref
 from tests.actor.test_layouts import DISTRIBUTED, INTERLEAVED, SEQUENCE_PARALLEL, Case, configuration, errors_of
 from tests.actor.test_offload import go_away_and_come_back
 from tests.actor.test_reference import log_probs
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3
@@ -206,7 +206,7 @@ def run_cases(folder: Path, checkpoints: Path, cases: Mapping[str, Case]) -> dic
         with parallel_layout(config.parallel, seed=1):
             actor = build_with_random_adapters(config, model)
             scores = torch.cat(actor.log_probs(objective_of(GRPO).experience)).numpy()
-            updates, weights = [actor.update([objective_of(NSR_PRERL)]).flat()], [weights_of(actor)]
+            updates, weights = [flat(actor.update([objective_of(NSR_PRERL)]))], [weights_of(actor)]
             save = actor.model.start_save(target, copy=True)
             more = take_steps(actor)
             save.write()
@@ -229,7 +229,7 @@ def run_cases(folder: Path, checkpoints: Path, cases: Mapping[str, Case]) -> dic
 def take_steps(actor: Actor) -> dict:
     steps: dict = {"updates": [], "weights": []}
     for _ in range(2):
-        steps["updates"].append(actor.update([objective_of(GRPO)]).flat())
+        steps["updates"].append(flat(actor.update([objective_of(GRPO)])))
         steps["weights"].append(weights_of(actor))
     return steps
 

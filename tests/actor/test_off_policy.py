@@ -30,6 +30,7 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, PhaseConfig
 from megatron_dsrl.model.parallel import parallel_layout
 from tests.actor.test_actor import BOS, TEMPERATURE, run_config
+from tests.support.actors import flat
 from tests.support.plain_torch import adamw
 
 pytestmark = pytest.mark.usefixtures("torch_distributed")
@@ -231,7 +232,7 @@ def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:
         np.testing.assert_allclose(weight, expected.state_dict()[name], rtol=0, atol=2.5e-7, err_msg=name)
         moved = max(moved, (expected.state_dict()[name] - initial.state_dict()[name]).abs().max().item())
     assert moved > 1e-3
-    return update.flat()
+    return flat(update)
 
 
 @pytest.mark.parametrize("name", METHODS)

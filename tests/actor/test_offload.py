@@ -18,7 +18,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of
 from tests.actor.test_critic import experience, with_returns
 from tests.actor.test_layouts import Case, configuration
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 
 DISTRIBUTED = {"distributed_optimizer": True}
@@ -59,7 +59,7 @@ def policy_steps(case: Case, folder: Path, offloads: bool) -> dict:
                 moved = go_away_and_come_back(actor)
             if number == 2:
                 actor.model.reset_optimizer()  # Adam's moments are other tensors then
-            updates.append(actor.update([objective_of(phase)]).flat())
+            updates.append(flat(actor.update([objective_of(phase)])))
         if offloads:
             go_away_and_come_back(actor)
         scores = [tokens.numpy() for tokens in reference.log_probs(objective_of(GRPO).experience)]

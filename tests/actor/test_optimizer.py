@@ -10,7 +10,7 @@ from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, objective_of, run_config
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -33,7 +33,7 @@ def steps_of_actors(folder: Path) -> dict[str, tuple[list[dict], dict[str, np.nd
                 elif step == "reset":
                     actor.model.reset_optimizer()
                 else:
-                    updates.append(actor.update([objective_of(GRPO)]).flat())
+                    updates.append(flat(actor.update([objective_of(GRPO)])))
             return updates, weights_of(actor)
 
     results = {

@@ -20,7 +20,7 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import KLConfig, PhaseConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, OPTIMIZER, TEMPERATURE, objective_of, run_config
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3
@@ -54,8 +54,8 @@ def kl_steps(folder: Path) -> dict:
     with parallel_layout(ParallelConfig(), seed=1):
         actor = build_actor(run_config(folder, ParallelConfig(), ACTOR), folder)
         reference = ReferencePolicy(actor)
-        first = actor.update([objective_with_reference(KL, reference)]).flat()
-        second = actor.update([objective_with_reference(KL, reference)]).flat()
+        first = flat(actor.update([objective_with_reference(KL, reference)]))
+        second = flat(actor.update([objective_with_reference(KL, reference)]))
         result = {"first": first, "second": second, "weights": weights_of(actor)}
     destroy_parallel()
     return result
@@ -127,7 +127,7 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
             models = {"actor": actor.model, "reference": reference}
             writes = [model.start_save(checkpoint / part, True) for part, model in models.items()]
             untouched &= reference.is_initial is False
-            expected = actor.update([objective_with_reference(KL, reference)]).flat(), parameters_of(actor)
+            expected = flat(actor.update([objective_with_reference(KL, reference)])), parameters_of(actor)
             for write in writes:
                 write.write()
                 write.finish()
@@ -136,7 +136,7 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
             reference = ReferencePolicy(actor)
             actor.model.load(checkpoint / "actor", same_layout=True)
             reference.load(checkpoint / "reference")
-            actual = actor.update([objective_with_reference(KL, reference)]).flat(), parameters_of(actor)
+            actual = flat(actor.update([objective_with_reference(KL, reference)])), parameters_of(actor)
         resumed = actual[0] == expected[0] and all_equal(actual[1], expected[1])
         same[name] = {"untouched": untouched, "itself": itself, "kept": kept, "resumed": resumed}
     destroy_parallel()

@@ -29,7 +29,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.model.router import Router
 from tests.actor.test_actor import GRPO, NSR_PRERL, TEMPERATURE, objective_of, run_config
-from tests.support.actors import main_gradients_of
+from tests.support.actors import flat, main_gradients_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3_moe
 
@@ -136,7 +136,7 @@ def actor_of(case: Case, folder: Path) -> Iterator[Actor]:
 
 def step_of(actor: Actor, reverse_samples: bool = False) -> Outcome:
     """A step, and the gradients that it leaves behind."""
-    metrics = actor.update(objectives(reverse_samples)).flat()
+    metrics = flat(actor.update(objectives(reverse_samples)))
     return Outcome(main_gradients_of(actor), metrics["router/load_balancing_loss"], metrics["router/z_loss"])
 
 

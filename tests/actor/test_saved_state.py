@@ -12,7 +12,7 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import CheckpointConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
-from tests.support.actors import weights_of
+from tests.support.actors import flat, weights_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 
@@ -52,7 +52,7 @@ def model_of(layout: str, models: Path) -> Path:
 
 
 def take_steps(actor, phases) -> list[dict]:
-    return [actor.update([objective_of(phase)]).flat() for phase in phases]
+    return [flat(actor.update([objective_of(phase)])) for phase in phases]
 
 
 def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) -> dict[str, dict]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.layout import model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.model.architecture import check_model_layout, read_architecture
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 
 QWEN3_8B = {  # the published config.json, Transformers 4 style
@@ -92,9 +93,9 @@ def test_folders_that_are_no_models(tmp_path) -> None:
 )
 def test_layouts_that_do_not_divide_the_model(tmp_path, layout, message) -> None:
     architecture = read_architecture(write(tmp_path))
-    check_model_layout(architecture, ParallelConfig(tensor_parallel_size=8, pipeline_parallel_size=4))
+    refuse(model_problems(ParallelConfig(tensor_parallel_size=8, pipeline_parallel_size=4), architecture.shape))
     with pytest.raises(UserError, match=message):
-        check_model_layout(architecture, ParallelConfig(**layout))
+        refuse(model_problems(ParallelConfig(**layout), architecture.shape))
 
 
 def test_vocabulary_padding(tmp_path) -> None:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
+from megatron_dsrl.actor.statistics import UpdateMetrics
 
 
 def weights_of(model: Actor | Critic) -> dict[str, NDArray[np.float32]]:
@@ -27,3 +28,13 @@ def main_gradients_of(actor: Actor) -> dict[str, NDArray[np.float32]]:
         for parameter, weight in zip(parameters, weights):
             parameter.copy_(weight)
     return gradients
+
+
+def flat(update: UpdateMetrics | None) -> dict[str, float]:
+    """All metrics of an update that took a step, by name: `<objective>/<metric>` and `router/<metric>`."""
+    assert update is not None
+    numbers = {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "loss": update.loss}
+    for name, objective in update.objectives.items():
+        metrics = objective.totals() | objective.token_metrics()
+        numbers |= {f"{name}/{key}": value for key, value in metrics.items()}
+    return numbers | {f"router/{name}": value for name, value in update.router.items()}
