@@ -126,7 +126,7 @@ class EngineRollout:
         *,
         rewards: RewardPool | None = None,
     ) -> list[SampleGroup]:
-        """One judged group per prompt, in the order of the prompts; see `Generator.generate`. Rank 0 only.
+        """One judged group per prompt, in the order of the prompts; see `Rollout.generate`. Rank 0 only.
 
         Lost engines are restarted on the way if `while_sampling` runs the call.
 

@@ -57,10 +57,12 @@ class StepSamples:
         return self.groups + self.others
 
 
-class Generator(Protocol):
-    """The part of the rollout side that evaluation needs."""
+class Rollout(Protocol):
+    """Where the samples of a run come from."""
 
     training_sampling: SamplingParameters
+    carried: CarryOver
+    """State from the last step for the next one; saved in checkpoints and restored from them. Rank 0 only."""
 
     def generate(
         self,
@@ -77,13 +79,6 @@ class Generator(Protocol):
             stream: names the random numbers; see `rollout/seeds.py`.
             rewards: used instead of the run's verifier.
         """
-
-
-class Rollout(Generator, Protocol):
-    """Where the samples of a run come from."""
-
-    carried: CarryOver
-    """State from the last step for the next one; saved in checkpoints and restored from them. Rank 0 only."""
 
     def wait_until_ready(self) -> None:
         """Block until samples can be drawn. All ranks."""

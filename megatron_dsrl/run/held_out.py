@@ -16,7 +16,7 @@ from megatron_dsrl.evaluation.metrics import summarise, summarise_benchmark
 from megatron_dsrl.evaluation.sample_file import ProblemResult, first_responses
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
-from megatron_dsrl.rollout.rollout import Generator, responses_of
+from megatron_dsrl.rollout.rollout import Rollout, responses_of
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.without_engines import as_group
 from megatron_dsrl.run.reporting import record_evaluation
@@ -55,7 +55,7 @@ def evaluate_set(
     config: EvaluationSetConfig,
     prompts: Sequence[Prompt],
     step: int,
-    rollout: Generator,
+    rollout: Rollout,
     verifier: str,
     section: str,
 ) -> tuple[EvaluationRecord, list[ProblemResult]]:

@@ -11,7 +11,7 @@ import re
 import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
@@ -71,12 +71,6 @@ class Cursor:
     def close(self) -> None:
         """Let other processes open it."""
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _read(self) -> Sent:
         if not self.file.exists():

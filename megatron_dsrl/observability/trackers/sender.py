@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -82,7 +82,7 @@ class _AppendedLines:
 
 
 class Sender:
-    """A context manager: at its end another process may send to the same destination."""
+    """Until it is closed, no other process can send to the same destination."""
 
     def __init__(self, run_folder: Path, options: TrackerOptions, training_process: int | None = None) -> None:
         """
@@ -147,12 +147,6 @@ class Sender:
     def close(self) -> None:
         """Let other processes send to the same destination."""
         self._cursor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _was_sent(self, new: NewRecord) -> bool:
         sent = self._cursor.sent

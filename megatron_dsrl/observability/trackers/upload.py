@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def upload(run_folder: Path, tracker: TrackerOptions) -> str:
     run = read_run(run_folder)
     has_ended = bool(run.steps) and run.steps[-1]["step"] == run.total_steps
     try:
-        with Sender(run_folder, tracker) as sender:
+        with closing(Sender(run_folder, tracker)) as sender:
             if not sender.has_news():
                 return f"{tracker.name}: nothing new to send"
             with redirect_stdout(sys.stderr):  # packages print there

@@ -1,5 +1,6 @@
 """`dsrl upload`: replays a run folder, and continues where it stopped."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,9 @@ def test_mistakes(folder: Path, arguments: list[str], message: str, capsys) -> N
 
 def test_it_does_not_interfere_with_a_training_that_sends(folder: Path, tmp_path: Path) -> None:
     (tracker,) = chosen_trackers(folder, [PATH], [f"file={tmp_path / 'calls.jsonl'}"])
-    with Cursor(folder, tracker), pytest.raises(UserError, match="is being sent to .* by another process"):
+    with closing(Cursor(folder, tracker)), pytest.raises(UserError, match="is being sent to .* by another process"):
         upload(folder, tracker)
-    with Cursor(folder, tracker) as cursor:
+    with closing(Cursor(folder, tracker)) as cursor:
         cursor.file.write_text("{}")
     with pytest.raises(UserError, match=r"json is damaged \(KeyError\('run_id'\)\); remove it"):
         upload(folder, tracker)
