@@ -152,7 +152,7 @@ def _suggestion(part: str, places: Sequence[Place], root: type[Section]) -> str:
     if nearest_name := difflib.get_close_matches(part, everywhere.values(), n=1):
         paths = [path for path, name in everywhere.items() if name == nearest_name[0]]
         return f"; did you mean {' or '.join(paths if part in nearest_name else paths[:1])}?"
-    return f"; there are {', '.join(sorted(here))}" if here else "; it is a single value"
+    return f"; valid keys are {', '.join(sorted(here))}" if here else "; it is a single value"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -86,7 +86,7 @@ class _Merged:
         resolved = path.resolve()
         if resolved in children:
             chain = " -> ".join(str(link) for link in (*children, resolved))
-            raise UserError(f"{children[-1]}: `{INHERITS}` goes in a circle: {chain}. Remove one of the links.")
+            raise UserError(f"{children[-1]}: `{INHERITS}` is circular: {chain}. Remove one of the links.")
         data, lines = _read_file(path, children)
         for parent in _parents(data, path):
             if parent.resolve() not in self.files:

@@ -108,12 +108,12 @@ def _dataset_problems(config: RunConfig, phases: Sequence[PhaseSteps]) -> Iterat
     if rollout.samples_per_prompt != 1:
         yield (
             "rollout.source, rollout.samples_per_prompt",
-            f"a data set has one response per prompt, not {rollout.samples_per_prompt}; set the latter to 1",
+            f"a data set has one response per prompt, not {rollout.samples_per_prompt}; set samples_per_prompt to 1",
         )
     if rollout.temperature != 1:
         yield (
             "rollout.source, rollout.temperature",
-            f"the trainer would divide its logits by {rollout.temperature:g}; for a data set set it to 1",
+            f"the trainer would divide its logits by {rollout.temperature:g}; with a data set, set it to 1",
         )
     for position, phase in enumerate(phases):
         objectives = [objective for form in phase.forms for objective in form.objectives.values()]
@@ -147,7 +147,8 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
     if prompts is not None and prompts < rollout.prompts_per_step:
         yield (
             "data.source, rollout.prompts_per_step",
-            f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
+            f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower "
+            "prompts_per_step",
         )
     if rollout.max_staleness and not config.engine.urls:
         yield (
@@ -215,8 +216,8 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
     if overlong is not None and overlong.buffer_tokens > config.rollout.max_response_tokens:
         yield (
             "reward.overlong.buffer_tokens, rollout.max_response_tokens",
-            f"the last {overlong.buffer_tokens} of {config.rollout.max_response_tokens} tokens would punish every "
-            "response; lower the former",
+            f"the last {overlong.buffer_tokens} of {config.rollout.max_response_tokens} tokens would penalise every "
+            "response; lower buffer_tokens",
         )
     engine_limits = [
         ("engine.max_context_tokens", engine.max_context_tokens),

@@ -136,7 +136,7 @@ def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath
                 raise UserError(f"{source}, line {line}: {_dotted(path)}a key must be a single value; {_QUOTES}")
             if key.value in seen:
                 place = _dotted((*path, key.value))
-                raise UserError(f"{source}, line {key.start_mark.line + 1}: {place}this key is given twice")
+                raise UserError(f"{source}, line {key.start_mark.line + 1}: {place}this key appears twice")
             seen.add(key.value)
             here = (*path, int(key.value) if key.tag == _INT_TAG and key.value.isdecimal() else key.value)
             _note_lines(value, here, source, lines)

@@ -61,7 +61,7 @@ def template_reader(template: str, setting: str) -> FieldReader:
         try:
             return compiled.render(row)
         except Exception as error:  # its expressions may do anything with the row's values
-            raise BadRowError(f"{setting} does not fit: {error}") from error
+            raise BadRowError(f"{setting} cannot be rendered: {error}") from error
 
     return read
 

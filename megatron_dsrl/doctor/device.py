@@ -75,7 +75,7 @@ def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.e
         return Finding(topic, "note", f"{nvcc} not found", f"SGLang compiles kernels with it: {toolkit}")
     release = _release(nvcc)
     if release is None:
-        return Finding(topic, "note", f"{nvcc} does not say its version", toolkit)
+        return Finding(topic, "note", f"{nvcc} does not report its version", toolkit)
     found = f"{release} ({nvcc})"
     if release.partition(".")[0] != torch_cuda.partition(".")[0]:
         advice = f"what it compiles may not load beside torch's libraries: {toolkit}"

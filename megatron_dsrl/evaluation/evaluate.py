@@ -237,6 +237,6 @@ def _check_lengths(benchmarks: Sequence[Benchmark], prompts: dict[str, list[Prom
         if longest + benchmark.config.max_response_tokens > context_tokens:
             raise UserError(
                 f"benchmark {benchmark.name}: prompts of up to {longest} tokens and max_response_tokens = "
-                f"{benchmark.config.max_response_tokens} do not fit into the model's {context_tokens}; lower the "
-                "latter (--max-tokens)"
+                f"{benchmark.config.max_response_tokens} do not fit into the model's {context_tokens}; lower "
+                "--max-tokens"
             )

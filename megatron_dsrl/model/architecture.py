@@ -159,7 +159,7 @@ def _architecture(config: dict[str, Any], family: Family, path: Path) -> Archite
     if isinstance(scaling, Yarn) and context_tokens > scaling.context_tokens:  # SGLang has no angles beyond
         raise UserError(
             f"{path}: max_position_embeddings is {context_tokens}, but YaRN's factor {scaling.factor:g} x "
-            f"original_max_position_embeddings reaches {scaling.context_tokens}; lower the former or raise the factor"
+            f"original_max_position_embeddings reaches {scaling.context_tokens}; lower the limit or raise the factor"
         )
     hidden_size, heads = _integer(config, "hidden_size", path), _integer(config, "num_attention_heads", path)
     return Architecture(

@@ -110,7 +110,7 @@ def _parse_records(path: Path) -> tuple[list[Record], int]:
         try:
             record = _parse_line(line)
         except _NumberError as error:
-            raise UserError(f"{path}, line {number}: {error} cannot be read. Put null in its place.") from error
+            raise UserError(f"{path}, line {number}: {error} cannot be read. Replace it with null.") from error
         if record is None and line.strip():
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not a JSON object. Remove the line or restore the file.")

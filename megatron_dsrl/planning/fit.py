@@ -326,5 +326,5 @@ def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
         return []
     return [
         f"{counted(machine.processes, 'process')} and the engines take {gib(total)} of the {gib(machine.host_bytes)} "
-        "of this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or take a smaller model"
+        "of this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or use a smaller model"
     ]

@@ -158,7 +158,7 @@ class RewardPool:
                 self._failures[reward.function] = 0
                 if score.why_fallback is None:
                     return Judgement(score.reward, "ok")
-                self._log(reward, f"left it to its fallback, because {score.why_fallback}", response)
+                self._log(reward, f"used its fallback, because {score.why_fallback}", response)
                 return Judgement(score.reward, "fallback")
             problem = score.problem
         self._failures[reward.function] += 1

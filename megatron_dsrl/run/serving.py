@@ -21,7 +21,7 @@ def serve(config: RunConfig, host: str, port: int) -> None:
     if host not in (LOOPBACK, "localhost") and external_key() is None:
         raise UserError(
             f"--host {host}: every machine that reaches it could change the weights; set {API_KEY_VARIABLE} to a "
-            "secret key, and to the same one where the run starts"
+            "secret key, here and where the run starts"
         )
     folder = resolve_model_folder(config.model.path)
     config = config.with_fields("model", path=str(folder))

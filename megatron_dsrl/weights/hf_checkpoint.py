@@ -109,7 +109,7 @@ def _no_weights(folder: Path) -> str:
         )
     single = folder / SINGLE_FILE
     if single.is_symlink():
-        return f"{single} leads to {single.resolve()}, which does not exist; download the model again"
+        return f"{single} points to {single.resolve()}, which does not exist; download the model again"
     if any(folder.glob("model-*-of-*.safetensors")):
         return f"{folder} lacks {INDEX_FILE}, which says where its tensors are; download it"
     return f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"

@@ -248,7 +248,7 @@ def test_a_file_may_be_named_through_a_link(small, write, tmp_path) -> None:
 
 def test_a_circle_of_parents_is_refused(write) -> None:
     write("a.yaml", "inherits: b.yaml")
-    with pytest.raises(UserError, match=r"`inherits` goes in a circle: .*b\.yaml -> .*a\.yaml -> .*b\.yaml"):
+    with pytest.raises(UserError, match=r"`inherits` is circular: .*b\.yaml -> .*a\.yaml -> .*b\.yaml"):
         load_config(write("b.yaml", "inherits: a.yaml"))
-    with pytest.raises(UserError, match="goes in a circle"):
+    with pytest.raises(UserError, match="is circular"):
         load_config(write("self.yaml", "inherits: self.yaml"))

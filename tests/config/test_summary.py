@@ -112,7 +112,7 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write) -> None:
         (["rollout.top_k=0"], 1, "rollout.top_k", "use -1"),
         (["model.router.dtype=model"], 1, "model.router", "the model has none; leave the section out"),
         (["rollout.max_response_tokens=413"], 1, "data.max_prompt_tokens", "100 + 413 = 513 tokens do not fit"),
-        (["reward.overlong.buffer_tokens=61"], 1, "reward.overlong.buffer_tokens", "would punish every response"),
+        (["reward.overlong.buffer_tokens=61"], 1, "reward.overlong.buffer_tokens", "would penalise every response"),
         (["engine.max_total_tokens=159"], 1, "rollout.max_response_tokens", "into 159, the limit of engine.max_total"),
         (["engine.max_context_tokens=100"], 1, "rollout.max_response_tokens", "the limit of engine.max_context"),
         (["engine.max_context_tokens=513"], 1, "engine.max_context_tokens", "beyond the model's own 512"),

@@ -60,7 +60,7 @@ def test_every_value_has_its_line() -> None:
     [
         ("a: 1\nb: [1, 2\nc: 3", r"f\.yaml: not valid YAML: line 3, column \d+: .+"),
         ("a: 1\n\tb: 2", r"f\.yaml: not valid YAML: line 2, column 1: .+"),
-        ("a: {b: 1,\n  c: 2,\n  b: 3}", r"f\.yaml, line 3: a\.b: this key is given twice"),
+        ("a: {b: 1,\n  c: 2,\n  b: 3}", r"f\.yaml, line 3: a\.b: this key appears twice"),
         ("a: !!python/object:os.system x", r"f\.yaml: not valid YAML: line 1, .+"),
         ("a: 1\n---\nb: 2", r"f\.yaml: not valid YAML: line 2, .+"),
         ("a: 1\nb: x\x07y", r"f\.yaml: not valid YAML: line 2: it contains the character U\+0007"),

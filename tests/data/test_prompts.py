@@ -165,13 +165,13 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer) -> None:
         (
             {"problem": "?", "answer": "4"},
             {"problem_template": "{{ question }}"},
-            r"2 of 2 rows .*\n  row 0: data.problem_template does not fit: .quest",
+            r"2 of 2 rows .*\n  row 0: data.problem_template cannot be rendered: .quest",
         ),
         ({"problem": "?", "answer": "4"}, {"answer_template": "{{ answer"}, r"answer_template: not a Jinja template"),
         (
             {"problem": "?", "answer": "4"},
             {"answer_template": "{{ 1 // (answer | int - 4) }}"},
-            r"row 1: data.answer_template does not fit: integer division or modulo by zero",
+            r"row 1: data.answer_template cannot be rendered: integer division or modulo by zero",
         ),
         ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1: .* field `answer` is a dict"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1: answer_pattern '\(3\|5\)' finds"),

@@ -256,7 +256,7 @@ def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path) -
     assert (same.severity, same.found) == ("ok", f"13.2 ({nvcc})")
     assert "torch is built for CUDA 12.9" in examine_cuda_compiler("12.9", toolkit).found
     nvcc.write_text("not a program")
-    assert "does not say its version" in examine_cuda_compiler("13.0", toolkit).found
+    assert "does not report its version" in examine_cuda_compiler("13.0", toolkit).found
 
 
 @pytest.mark.parametrize(

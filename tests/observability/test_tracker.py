@@ -159,5 +159,5 @@ def test_a_step_is_never_recorded_twice(tmp_path: Path) -> None:
 def test_a_number_that_no_float_can_hold_is_named(tmp_path: Path, number: str, after: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "reward/mean": {number}}}' + after)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: the number [-\w.]{,24} cannot be read\. Put null"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: the number [-\w.]{,24} cannot be read\. Replace it"):
         read_records(path)
