@@ -78,7 +78,7 @@ resumable() {
             [ "$("$progress")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
             crashes="$((crashes + 1))"
             echo "$crashes" >"$crashes_file"
-            say "$name ended with status $status, crash $crashes of $MAX_CRASHES without a new checkpoint or sample"
+            say "$name exited with status $status, crash $crashes of $MAX_CRASHES without a new checkpoint or sample"
             [ "$crashes" -lt "$MAX_CRASHES" ] || exit "$status"
             requeue "$status"
             ;;

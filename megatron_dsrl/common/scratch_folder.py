@@ -1,4 +1,4 @@
-"""Temporary folders of processes that may be killed: whoever makes one removes those that have been left behind.
+"""Temporary folders of processes that may be killed: creating one removes those that killed processes left behind.
 
 The owner of a folder holds a lock (flock) on it, which the kernel releases when the process ends in any way.
 """
@@ -39,7 +39,7 @@ class ScratchFolder:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def remove(self) -> None:
-        """May be called again, and when the folder is gone."""
+        """May be called again, even after the folder is gone."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             _remove(self.path)

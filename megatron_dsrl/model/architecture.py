@@ -50,7 +50,7 @@ add another architecture of this kind, add an entry here."""
 
 
 REFERENCE_MAY_DIFFER = ("max_position_embeddings", "initializer_range")
-"""Fields of `Architecture` that do not matter to a reference policy, which is computed as the policy is."""
+"""Fields of `Architecture` that do not matter to a reference policy, which is computed like the policy."""
 CRITIC_MAY_DIFFER = (*REFERENCE_MAY_DIFFER, "tie_word_embeddings")
 """Those that do not matter to a critic, which has no output layer."""
 
@@ -121,7 +121,7 @@ def read_architecture(folder: Path) -> Architecture:
 def check_same_architecture(
     field: str, folder: Path, policy: Architecture, may_differ: Sequence[str] = REFERENCE_MAY_DIFFER
 ) -> Architecture:
-    """Check that a critic or reference can be computed as the policy is. Raises UserError if it has no config.json, or
+    """Check that a critic or reference can be computed like the policy. Raises UserError if it has no config.json, or
     one that differs in other fields.
 
     Args:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 
 LONGEST_PAUSE_SECONDS = 60.0
 MAX_ANSWER_BYTES = 2**20
@@ -64,7 +65,7 @@ def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
         if number == attempts.retries or time.monotonic() + pause > end:
             break
         time.sleep(pause)
-    raise RuntimeError(f"{url} gave no answer in {number + 1} tries; the last one ended with {failure}")
+    raise RuntimeError(f"{url} did not answer after {counted(number + 1, 'attempt')}; last failure: {failure}")
 
 
 def ask_chat_model(url: str, request: Mapping[str, Any], attempts: Attempts) -> str:

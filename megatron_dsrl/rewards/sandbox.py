@@ -71,7 +71,7 @@ class Outcome:
     passed: bool
     """It ran to its end without an exception, and so did its tests."""
     reason: str
-    """Empty when it passed; else `timeout`, the exception, or `ended with status N`."""
+    """Empty when it passed; else `timeout`, the exception, or `exited with status N`."""
     report: str = ""
     """What the tests of a program that passed assigned to `report`, if it is a string; cut to LONGEST_REPORT."""
 
@@ -159,4 +159,4 @@ def _outcome(result: str, status: int, token: str, refused: str) -> Outcome:
             if verdict == "passed":
                 return Outcome(True, "", base64.b64decode(report).decode())
             return Outcome(False, message)
-    return Outcome(False, "timeout" if status == TIMED_OUT else f"ended with status {status}")
+    return Outcome(False, "timeout" if status == TIMED_OUT else f"exited with status {status}")

@@ -107,7 +107,7 @@ class Caller:
         line = self._answers.readline()
         if not line:
             status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-            raise ProgramError(f"ended with status {status}")
+            raise ProgramError(f"exited with status {status}")
         answer = json.loads(line)
         if "error" not in answer:
             return unpack(answer["value"])

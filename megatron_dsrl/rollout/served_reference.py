@@ -108,7 +108,7 @@ class ServedReference:
             if time.monotonic() + PAUSE_SECONDS > end:
                 raise UserError(
                     f"reference.url: {self._url} did not score a sequence within reference.timeout_seconds = "
-                    f"{self._timeout_seconds:g}; the last attempt ended with {failure}. Start the server again, then "
+                    f"{self._timeout_seconds:g}; last failure: {failure}. Start the server again, then "
                     "the run, which continues from its newest checkpoint"
                 )
             time.sleep(PAUSE_SECONDS)

@@ -103,8 +103,8 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int
 def _report(rank: int, status: int) -> None:
     """Print how a rank ended, except after a user's error (2), which the rank has printed itself."""
     if status != 2:
-        how = f"was ended by {signal.Signals(status - 128).name}" if status > 128 else f"ended with status {status}"
-        print(f"dsrl: rank {rank} {how}; the others are stopped", file=sys.stderr, flush=True)
+        how = f"was ended by {signal.Signals(status - 128).name}" if status > 128 else f"exited with status {status}"
+        print(f"dsrl: rank {rank} {how}; stopping the others", file=sys.stderr, flush=True)
 
 
 @contextmanager

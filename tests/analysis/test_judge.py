@@ -96,8 +96,8 @@ def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_p
 
     assert Endpoint.tries == {"busy": 3, "dropped": 2, "down": 3, "refused": 1}
     assert [verdict["place"] for verdict in result.verdicts] == [0, 1]
-    assert "3 tries; the last one ended with status 503" in result.failures[1, 2]
-    assert "1 tries; the last one ended with status 400" in result.failures[1, 3]
+    assert "3 attempts; last failure: status 503" in result.failures[1, 2]
+    assert "1 attempt; last failure: status 400" in result.failures[1, 3]
 
 
 def test_an_endpoint_that_does_not_listen(tmp_path) -> None:

@@ -78,9 +78,9 @@ def test_retries_and_failures(url: str) -> None:
     assert len(Endpoint.asked) == 2
     with pytest.raises(RuntimeError, match=r"no verdict: its answer ends in 'I cannot tell\.'"):
         judge("6", "6", url, "silent")
-    with pytest.raises(RuntimeError, match=r"in 1 tries; the last one ended with status 400"):
+    with pytest.raises(RuntimeError, match=r"after 1 attempt; last failure: status 400"):
         judge("6", "6", url, "refuses")
-    with pytest.raises(RuntimeError, match=r"in 1 tries; the last one ended with Timeout"):
+    with pytest.raises(RuntimeError, match=r"after 1 attempt; last failure: Timeout"):
         judge("6", "6", url, "hangs", total_seconds=0.3)
 
 

@@ -51,9 +51,9 @@ def test_reward_and_retry(address) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/down", "in 2 tries; the last one ended with status 503"),
-        ("/refuses", "in 1 tries; the last one ended with status 403"),
-        ("/hangs", "in 2 tries; the last one ended with Timeout"),
+        ("/down", "after 2 attempts; last failure: status 503"),
+        ("/refuses", "after 1 attempt; last failure: status 403"),
+        ("/hangs", "after 2 attempts; last failure: Timeout"),
         ("/text", "answered without a number in `reward`"),
     ],
 )

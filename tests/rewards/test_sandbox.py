@@ -133,13 +133,13 @@ def test_a_program_cannot_end_the_tests_iteration(isolation: None) -> None:
         ("assert 1 == 2, 'no'", "AssertionError: no"),
         ("def f(:", "SyntaxError"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
-        ("import os; os._exit(0)", "ended with status 0"),
+        ("import os; os._exit(0)", "exited with status 0"),
         ("bytearray(2**30)", "MemoryError"),
         ("open('big', 'wb').write(bytes(2**22))", "OSError"),
         ("[open('/dev/null') for _ in range(100)]", "OSError"),
-        ("import signal; signal.raise_signal(11)", "ended with status -11"),
-        ("import os; os.abort()", "ended with status -6"),
-        ("import ctypes; ctypes.string_at(0)", "ended with status -11"),
+        ("import signal; signal.raise_signal(11)", "exited with status -11"),
+        ("import os; os.abort()", "exited with status -6"),
+        ("import ctypes; ctypes.string_at(0)", "exited with status -11"),
     ],
 )
 def test_programs_that_fail_or_take_too_much(isolation: None, program: str, reason: str) -> None:

@@ -40,7 +40,7 @@ def answers(*programs: str, **options: object) -> list[str]:
         ("x = (", "error: SyntaxError: '(' was never closed (line 1)"),
         ("import json\njson.loads('[')", "error: JSONDecodeError: Expecting value: line 1 column 2 (char 1) (line 2)"),
         ("bytearray(2**31)", "error: MemoryError (line 1)"),
-        ("import os; os._exit(3)", "error: ended with status 3"),
+        ("import os; os._exit(3)", "error: exited with status 3"),
         ("import socket; socket.socket()", "error: PermissionError: [Errno 1] Operation not permitted (line 1)"),
         (
             "open('/etc/passwd')",

@@ -60,7 +60,7 @@ pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(line)
         ([2, 2], 2, ""),
         ([75, 75], 75, ""),
         ([75, 0], 75, ""),
-        ([0, 3], 3, "dsrl: rank 1 ended with status 3; the others are stopped\n"),
+        ([0, 3], 3, "dsrl: rank 1 exited with status 3; stopping the others\n"),
     ],
 )
 def test_it_ends_as_the_processes_do(statuses, status, said, capsys) -> None:
@@ -81,7 +81,7 @@ time.sleep(60)
     started = time.monotonic()
     assert launch([sys.executable, "-c", program], 2) == 137
     assert time.monotonic() - started < 30
-    assert capsys.readouterr().err == "dsrl: rank 1 was ended by SIGKILL; the others are stopped\n"
+    assert capsys.readouterr().err == "dsrl: rank 1 was ended by SIGKILL; stopping the others\n"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_
 def test_three_crashes_in_a_row_without_progress_end_the_job(run_script, stubs, work, name, status) -> None:
     outputs = [run_script(statuses={work: status}).stdout for _ in range(3)]
     for number, output in enumerate(outputs, start=1):
-        assert f"{name} ended with status {status}, crash {number} of 3 without a new checkpoint or sample" in output
+        assert f"{name} exited with status {status}, crash {number} of 3 without a new checkpoint or sample" in output
     assert requeued(stubs) == 2
 
 

@@ -84,7 +84,7 @@ def _soak(options: argparse.Namespace, folder: Path, console: Console) -> list[s
         undisturbed.start()
         status = undisturbed.wait_for_end(options.limit_seconds)
         if status != 0:
-            return _reported(console, [f"undisturbed, it ended with status {status}:\n{undisturbed.tail()}"])
+            return _reported(console, [f"undisturbed, it exited with status {status}:\n{undisturbed.tail()}"])
     finally:
         undisturbed.kill()
     problems: list[str] = []

@@ -49,7 +49,7 @@ class Soak:
         self._finished = False
 
     def run(self) -> None:
-        """Inject the faults that are reached before the training ends; returns when it has ended with status 0.
+        """Inject the faults that are reached before the training ends; returns when it has exited with status 0.
 
         Raises:
             SoakFailure: it hangs, ends with another status than documented, or something else is not as it must be.
@@ -86,7 +86,7 @@ class Soak:
                 process.send_signal(signal.SIGTERM)
             status = training.wait_for_end(self._limit)
             if status not in (0, PREEMPTED):
-                raise SoakFailure(f"asked to stop, the run ended with status {status}:\n{training.tail()}")
+                raise SoakFailure(f"asked to stop, the run exited with status {status}:\n{training.tail()}")
             training.start()
         return not self._go_on_for(planned.delay_seconds)
 
@@ -156,7 +156,7 @@ class Soak:
             return
         last = self.injections[-1] if self.injections else None
         if last is None or status not in last.fault.statuses:
-            raise SoakFailure(f"the run ended with status {status} after {self._last()}:\n{self._training.tail()}")
+            raise SoakFailure(f"the run exited with status {status} after {self._last()}:\n{self._training.tail()}")
         if last.restarts == MAX_RESTARTS:
             raise SoakFailure(f"started {MAX_RESTARTS} times after {self._last()}:\n{self._training.tail()}")
         last.restarts += 1

@@ -53,7 +53,7 @@ class Receiver:
         except queue.Empty:
             raise RuntimeError(f"the receiver has not answered for {ANSWER_SECONDS:g} s") from None
         if not line:
-            raise RuntimeError(f"the receiver has ended with status {self._process.wait(10)}; its error is above")
+            raise RuntimeError(f"the receiver has exited with status {self._process.wait(10)}; its error is above")
         return json.loads(line)
 
 

@@ -152,7 +152,7 @@ def note_shared_memory(files: Iterable[Path], scratch: Path) -> None:
 
 
 def remove_noted_files(scratch: Path) -> None:
-    """Remove the files that a killed process has noted in the folder that it has left."""
+    """Remove the files that a killed process recorded in the folder it left behind."""
     with suppress(FileNotFoundError):
         for file in SHARED_MEMORY_FILES.findall((scratch / NOTED_FILES).read_text()):
             Path(file).unlink(missing_ok=True)

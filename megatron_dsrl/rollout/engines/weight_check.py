@@ -152,7 +152,7 @@ def check_weights(
 
 
 def wrong_number(digests: Sequence[Mapping[str, str]], ranks: int) -> str | None:
-    """What is wrong with the number of an engine's digests, which should be one for each of its `ranks`; or None."""
+    """The problem if an engine did not return digests for each of its `ranks`; else None."""
     if len(digests) == ranks:
         return None
     return f"it returned digests of {counted(len(digests), 'rank')}, but {counted(ranks, 'rank')} got weights"
