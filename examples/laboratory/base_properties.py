@@ -79,7 +79,7 @@ def properties_of(responses: Sequence[RecordedResponse]) -> Record:
 
 
 def gradient_figures(records: Sequence[Record]) -> Record:
-    """What the page shows of `dsrl analyse gradients`, with bootstrap intervals over responses.
+    """Figures from `dsrl analyse gradients` for the page, with bootstrap intervals over responses.
 
     Args:
         records: of at least two responses.

@@ -27,7 +27,7 @@ class Claim:
     """A statement of the paper."""
 
     number: int
-    """In protocol.md."""
+    """Its number in protocol.md."""
     paper: str
     figure: str
     seeds: Callable[[SweepResults], BySeed]
@@ -38,7 +38,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came out."""
+    """The outcome of a claim."""
 
     number: int
     paper: str

@@ -8,7 +8,7 @@ from megatron_dsrl.analysis.responses import read_responses
 from megatron_dsrl.observability.records import read_records
 
 CALL = "<tool>"
-"""In the responses that call the tool, or try to."""
+"""Occurs in responses that call the tool, or try to."""
 
 
 def main(runs: list[Path]) -> None:

@@ -1,5 +1,5 @@
-"""What fields of sections accept, and descriptions of them for `dsrl config` and the reference page: all of it derived
-from the classes' annotations."""
+"""What fields of sections accept, described for `dsrl config` and the reference page; all derived from the classes'
+annotations."""
 
 import difflib
 import inspect

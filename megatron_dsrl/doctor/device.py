@@ -84,7 +84,7 @@ def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.e
 
 
 def _release(nvcc: Path) -> str | None:
-    """Such as `13.0`; None if it cannot be run or says something else."""
+    """Its CUDA version, such as `13.0`; None if it cannot be run or prints something else."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):

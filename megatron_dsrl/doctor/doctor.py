@@ -166,7 +166,7 @@ def _packages(pins: dict[str, str], environment: str) -> Iterator[Finding]:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """Not needed, but if it is installed, Transformers imports it, and fails if it does not fit torch."""
+    """Not needed, but if it is installed, Transformers imports it, and fails if it does not match torch."""
     installed = installed_version("torchvision")
     if installed is None:
         return
@@ -237,7 +237,7 @@ def _gibibytes(size: int) -> str:
 
 
 def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
-    """Whether SGLang's wheel can be installed here; `library` is what `platform.libc_ver` says if it is None."""
+    """Whether SGLang's wheel can be installed here; `library` None means what `platform.libc_ver` returns."""
     name, version = library or platform.libc_ver()
     found = f"{name or 'not glibc'} {version}".strip()
     if name == "glibc" and Version(version) >= Version(OLDEST_GLIBC):

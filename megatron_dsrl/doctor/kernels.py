@@ -156,7 +156,7 @@ def _flash_attention(installed: Callable[[str], str | None]) -> Iterator[Finding
 
 
 def _flash_attention_4(installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """It lives in flash_attn/cute, where flash-attn puts a stub if it is installed later."""
+    """It is installed in flash_attn/cute, where flash-attn puts a stub if it is installed later."""
     found, package = installed("flash-attn-4"), find_spec("flash_attn")
     if found is None:
         return
@@ -184,7 +184,7 @@ def _sglang_kernels(cuda: bool, installed: Callable[[str], str | None]) -> Itera
 
 
 def _what_sglang_fixes(installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Its kernels are compiled against one torch and fail to load with another."""
+    """Its kernels are compiled against one version of torch and fail to load with others."""
     sglang = installed("sglang")
     for name, wanted in exact_requirements("sglang", BUILT_FOR_SGLANG).items() if sglang else ():
         found = installed(name)

@@ -36,7 +36,7 @@ class Yarn:
 
     @property
     def attention_factor(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor on cosines and sines."""
         return 0.1 * math.log(self.factor) + 1.0
 
     @property

@@ -116,7 +116,7 @@ class RunFiles:
     """Number of the largest files at the end of a run, and the bytes of each."""
 
     checkpoints: int
-    """Those that are kept, and the next one, which is written before the oldest is removed."""
+    """Those that are kept, plus the next one, which is written before the oldest is removed."""
     checkpoint_bytes: int
     exports: int
     export_bytes: int

@@ -30,7 +30,7 @@ from megatron_dsrl.rollout.served_reference import ServedReference
 
 CRITIC_FOLDER = "critic"
 REFERENCE_FOLDER = "reference"
-"""In checkpoints, beside the actor's."""
+"""Folders in checkpoints, beside the actor's."""
 
 
 @dataclass(frozen=True)

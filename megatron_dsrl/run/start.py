@@ -49,12 +49,12 @@ ROLLOUT_FOLDER = "rollout"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What one rank's training works with."""
+    """Everything that one rank's training uses."""
 
     config: RunConfig
     inputs: RunInputs
     steps: range
-    """Those that are left: from 1, or from the step after the checkpoint."""
+    """The remaining ones: from 1, or from the step after the checkpoint."""
     schedule: Schedule
     due: Due
     sampler: Sampler

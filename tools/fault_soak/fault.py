@@ -55,7 +55,7 @@ class Fault(ABC):
         """Called after the run has ended with this status, before the same command is started again."""
 
     def problem(self, training: Training) -> str | None:
-        """What is not as it must be once the next step is recorded, or None."""
+        """What is wrong once the next step is recorded, or None."""
         return None
 
 

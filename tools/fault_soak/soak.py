@@ -25,7 +25,7 @@ class Injection:
     """Seconds since 1970, once it was applied. Meanwhile the run may have recorded a step, which says nothing about
     it."""
     step: int
-    """In which it happened; 0 while the run started."""
+    """The step in which it happened; 0 while the run started."""
     target: str
     outcome: list[str] = field(default_factory=list)
     seconds_to_next_step: float | None = None
