@@ -231,7 +231,7 @@ sys.exit(main(["train", "run.yaml"]))
 @pytest.mark.parametrize(
     ("rank", "stderr"), [("0", "dsrl: data.source: no rows\n"), ("3", "dsrl: rank 3: data.source: no rows\n")]
 )
-def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr) -> None:
+def test_a_user_error_found_during_the_run_is_reported_by_every_rank(folder, rank, stderr) -> None:
     body = (
         "from megatron_dsrl.common.errors import UserError\n"
         "def train(config, starting): raise UserError('data.source: no rows')"

@@ -351,7 +351,7 @@ def test_a_resumed_critic_is_bitwise_the_uninterrupted_one(two_processes) -> Non
     assert len(same) == 4 and all(same.values()), same
 
 
-def test_another_head_than_the_policys_is_no_obstacle(models, one_process) -> None:
+def test_a_head_that_differs_from_the_policys_is_accepted(models, one_process) -> None:
     for name, (largest_value, weights) in zip(OTHER_HEADS, one_process[2], strict=True):
         stored = load_file(models / name / "model.safetensors")
         stored.pop("lm_head.weight", None)

@@ -339,7 +339,7 @@ def test_the_reference_is_the_model_without_adapters(models, torch_distributed, 
         assert all_equal(refreshed, policy.log_probs(experience))
 
 
-def test_a_reference_of_another_model_has_no_adapters(models, torch_distributed, tmp_path) -> None:
+def test_a_reference_with_a_different_model_has_no_adapters(models, torch_distributed, tmp_path) -> None:
     config, experience = lora_run(Case(), models), objective_of(GRPO).experience
     teacher = make_tiny_qwen3(tmp_path, tied=True, vocab_size=127, seed=2)
     with parallel_layout(ParallelConfig(), seed=1):

@@ -63,7 +63,7 @@ def test_other_settings_are_those_of_an_optimizer_that_was_built_with_them(outco
     assert same(outcomes["configured"][1], outcomes["built"][1])
 
 
-def test_warm_up_goes_on_when_settings_change(outcomes) -> None:
+def test_warm_up_continues_when_settings_change(outcomes) -> None:
     rates = [update["learning_rate"] for update in outcomes["configured later"][0]]
     assert rates == pytest.approx([1e-2 / 4, RATE * 2 / 4])
 

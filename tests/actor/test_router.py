@@ -295,7 +295,7 @@ def test_nothing_is_left_for_the_next_step_or_for_scoring(folder, load_balancing
     assert all(np.array_equal(gradient, second.gradients[name]) for name, gradient in first.gradients.items())
 
 
-def test_a_router_that_knows_no_difference_has_a_loss_of_one(folder) -> None:
+def test_a_uniform_router_has_a_loss_of_one(folder) -> None:
     with actor_of(Case(), folder) as actor, torch.no_grad():
         for router in routers_of(actor):
             router.weight.zero_()

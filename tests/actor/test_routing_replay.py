@@ -86,7 +86,7 @@ def test_log_probs_loss_and_gradient_are_those_of_the_given_experts(model) -> No
     assert all(layer.mlp.gate.weight.grad.norm() > 0 for layer in transformers_model.model.layers)
 
 
-def test_experts_of_another_model_are_refused(model) -> None:
+def test_experts_of_a_different_model_are_refused(model) -> None:
     folder, _ = model
     experience = objective_of(GRPO).experience
     with one_process(folder) as actor:

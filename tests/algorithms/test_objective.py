@@ -90,7 +90,7 @@ def test_passes_that_kl_terms_need(kl, passes) -> None:
     assert required_passes(ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), kl=kl)) == passes
 
 
-def test_kl_in_the_reward_is_taken_off_token_by_token() -> None:
+def test_kl_in_the_reward_is_subtracted_token_by_token() -> None:
     """Log-ratios 0.5, -0.5 and 1 at a coefficient of 0.2: penalties 0.1, -0.1 and 0.2; the reward comes last."""
     experience = replace(
         experience_of([1.0, 0.0], [0, 0], lengths=[2, 1]),

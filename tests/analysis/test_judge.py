@@ -89,7 +89,7 @@ def test_every_response_is_asked_about_as_the_endpoint_expects(endpoint, tmp_pat
     assert Endpoint.most_under_way == endpoint.concurrency
 
 
-def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_path) -> None:
+def test_temporary_failures_are_retried_and_final_ones_are_not(endpoint, tmp_path) -> None:
     texts = ["busy", "dropped", "down", "refused"]
 
     result = judge_responses(steps_of(*texts), endpoint, tmp_path / "behaviours.jsonl")

@@ -30,7 +30,7 @@ def test_numbers_for_people() -> None:
     assert [number(v) for v in values] == ["0", "3", "0.688", "1,834", "2e-6", "-0.00851", "none"]
 
 
-def test_a_missing_value_interrupts_the_curve_and_is_said() -> None:
+def test_a_missing_value_interrupts_the_curve_and_is_reported() -> None:
     series = Series("loss", (1, 2, 3, 4), (0.0, 1.0, None, 0.5), colour=1)
     chart = line_chart("Loss", "", [series], [PhaseSpan("warm", 1, 2, 1), PhaseSpan("main", 3, 4, 2)])
     # The drawing area spans x 58..388 and y 194 (value 0) .. 22 (value 1).

@@ -122,7 +122,7 @@ def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path) -> None:
     assert torch.equal(torch.load(newest.weights_folder / "common.pt")["weight"], torch.arange(1000))
 
 
-def test_other_models_lie_beside_the_actor_and_are_validated_with_it(tmp_path) -> None:
+def test_other_models_are_saved_beside_the_actor_and_validated_with_it(tmp_path) -> None:
     store = saved(tmp_path, 1)
     store.save(state(2), FewFiles, {"critic": FewFiles})
     damaged = tmp_path / "step_000002" / "critic" / "__0_0.distcp"
@@ -167,7 +167,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage) -> None:
     saved(tmp_path, 1, 2, 3, keep_last=3)
     spoil, problem = DAMAGES[damage]
     spoil(tmp_path / "step_000003")
@@ -415,7 +415,7 @@ def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, t
     assert names(tmp_path) == ["step_000001"]
 
 
-def test_a_checkpoint_of_another_model_is_refused() -> None:
+def test_a_checkpoint_of_a_different_model_is_refused() -> None:
     before = {"layers": 4, "rope": {"base": 10_000}}
     check_same_model(before, before, "there")
     with pytest.raises(UserError, match="layers is 4 there and 5 here; rope.base is 10000 there and 1000000 here"):
@@ -444,7 +444,7 @@ def test_limits_and_memory_may_change_when_a_run_is_continued(section, changes, 
     check_same_run(config.model_dump(mode="json"), changed, "there")
 
 
-def test_another_configuration_is_refused_but_not_another_layout(tmp_path) -> None:
+def test_a_different_configuration_is_refused_but_not_a_different_layout(tmp_path) -> None:
     config = tiny_run_config(tmp_path)
     before = json.loads(json.dumps(config.model_dump(mode="json")))
     check_same_run(before, config.model_copy(update={"parallel": ParallelConfig(tensor_parallel_size=2)}), "there")

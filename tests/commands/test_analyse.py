@@ -128,7 +128,7 @@ def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path) -> None
     assert {bar.get("d").split(" ", 1)[1] for bar in bars} == {"194.0V22.0"}, "wider than 0 to 1, and cut off there"
 
 
-def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys) -> None:
+def test_a_run_means_the_evaluation_of_its_latest_policy(tmp_path, capsys) -> None:
     for step, right in ((10, [0]), (2, [4])):
         evaluation(tmp_path / "run" / "evaluation" / f"step_{step:06d}", right, step)
     assert main(["analyse", "pass-at-k", str(tmp_path / "run"), "--output", str(tmp_path)]) == 0

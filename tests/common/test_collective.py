@@ -32,7 +32,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("first", ["0", "1"])
-def test_whichever_rank_comes_first_they_meet(first, tmp_path, capfd) -> None:
+def test_ranks_meet_whichever_comes_first(first, tmp_path, capfd) -> None:
     assert launch([sys.executable, "-c", MEETS, str(tmp_path), first], 2) == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["3", "3"]
     assert "retrying" not in capfd.readouterr().err  # torch's client, before it sleeps

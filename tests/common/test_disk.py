@@ -74,7 +74,7 @@ def test_a_full_disk_names_the_file_and_leaves_it_as_it_was(tmp_path) -> None:
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path) -> None:
+def test_a_file_instead_of_a_folder_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError) as raised:
         write_result(tmp_path / "file" / "page", "text")

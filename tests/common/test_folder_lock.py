@@ -88,7 +88,9 @@ def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatc
         assert reports == [f"{folder} is in use by process 7 on elsewhere; waiting up to 120 s for it to exit"]
 
 
-def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is_an_error(folder, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_reported_and_a_folder_that_cannot_be_made_is_an_error(
+    folder, monkeypatch
+) -> None:
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -43,7 +43,7 @@ def test_objectives_in_post_train_space_are_corrected_by_default(
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_the_correction_can_be_another_one_or_none() -> None:
+def test_the_correction_can_be_a_different_one_or_none() -> None:
     config = load_config(FP8, ["phases.1.importance_correction={name: masked}"])
     assert config.phases[1].importance_correction == Masked()
     assert load_config(FP8, ["phases.1.importance_correction=null"]).phases[1].importance_correction is None
@@ -68,7 +68,7 @@ def test_the_correction_can_be_another_one_or_none() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_go_with_fp8_is_named(overrides: list[str], shape: ModelShape, named: str | None) -> None:
+def test_what_conflicts_with_fp8_is_named(overrides: list[str], shape: ModelShape, named: str | None) -> None:
     config = load_config(FP8, overrides)
     problems = numerics_problems(config.engine, config.rollout, config.model.dtype, shape)
     assert [fields for fields, _ in problems] == ([named] if named else [])

@@ -41,7 +41,7 @@ def test_a_bare_name_is_short_for_a_section_and_options_are_kept(small, write, t
     assert "eps: 0.001" in (tmp_path / "resolved.yaml").read_text()
 
 
-def test_ones_own_class_by_dotted_path(small, write, tmp_path, monkeypatch) -> None:
+def test_a_custom_class_by_dotted_path(small, write, tmp_path, monkeypatch) -> None:
     (tmp_path / "own_advantage.py").write_text(OWN_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     own = "phases.1.advantage={name: 'own_advantage:Halved', pair: [0.25, 1.0]}"

@@ -58,7 +58,7 @@ def test_batch_sizes_in_words(small, write) -> None:
     ]
 
 
-def test_every_objective_of_a_phase_is_a_pass_of_its_own(small, write) -> None:
+def test_every_objective_of_a_phase_is_a_separate_pass(small, write) -> None:
     joint = "[{name: nsr, space: {name: pre_train}, advantage: fixed, filter: negative}]"
     config = load_config(write("run.yaml", small), [f"phases.1.additional_objectives={joint}"])
     phase = derive(config, 1, SHAPE).phases[1]
@@ -186,7 +186,7 @@ def test_what_a_data_set_does_not_have_is_refused(small, write, override, fields
         derive(config, 1, SHAPE, prompts=32)
 
 
-def test_a_data_set_is_taken_as_it_is(small, write) -> None:
+def test_a_data_set_is_accepted_unchanged(small, write) -> None:
     with pytest.raises(UserError, match="source: dataset cannot be combined with dynamic_sampling, max_staleness"):
         sampling = ["rollout.dynamic_sampling={}", "rollout.max_staleness=1"]
         load_config(write("run.yaml", small), [*FROM_A_DATA_SET, *sampling])
@@ -201,7 +201,7 @@ def test_a_data_set_is_taken_as_it_is(small, write) -> None:
         ("rollout.dynamic_sampling={oversampling: 1.5}", "cannot be combined with dynamic_sampling.oversampling"),
     ],
 )
-def test_what_does_not_go_with_asynchronous_sampling_is_refused(small, write, override, message) -> None:
+def test_what_conflicts_with_asynchronous_sampling_is_refused(small, write, override, message) -> None:
     with pytest.raises(UserError, match=message):
         load_config(write("run.yaml", small), ["rollout.max_staleness=2", override])
 

@@ -157,13 +157,13 @@ def test_an_additional_objective_reports_under_its_own_name(records) -> None:
     assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["nsr_prerl/loss"], rel=1e-5)
 
 
-def test_a_phase_of_ones_own_is_another_one_at_every_step(records) -> None:
+def test_a_custom_phase_differs_at_every_step(records) -> None:
     first, second = records["own phase"]
     assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["fading/loss"])
     assert not any(key.startswith("fading/") or key == "policy/total_loss" for key in second)
 
 
-def test_what_overlong_shaping_takes_off_shows_beside_the_verifiers_score(records) -> None:
+def test_what_overlong_shaping_subtracts_is_shown_beside_the_verifiers_score(records) -> None:
     for record in records["overlong shaping"]:
         assert 0 < record["reward/overlong_fraction"] < 1
         taken_off = record["reward/mean"] - record["reward/shaped_mean"]

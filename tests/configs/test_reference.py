@@ -114,7 +114,7 @@ def test_the_schema_explains_fields_and_choices(schemas) -> None:
     assert gspo["properties"]["clip_high"]["description"] == "The ratio is clipped above at 1 + clip_high."
 
 
-def test_every_section_of_a_run_has_a_heading_of_its_own() -> None:
+def test_every_section_of_a_run_has_its_own_heading() -> None:
     """Also one that a nested section uses too, as `data.mixed_with.reward` uses that of `reward`."""
     page = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
     headings = page.partition("## A run\n")[2].partition("\n## ")[0].splitlines()

@@ -35,7 +35,7 @@ def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys) -> None:
     assert "model.layers.2.mlp.down_proj.weight: SHA-256" in message and "1 of 8192 elements" in message
 
 
-def test_verify_names_another_models_tensors(converted, capsys) -> None:
+def test_verify_names_a_different_models_tensors(converted, capsys) -> None:
     make_tiny_qwen3(converted / "other", tied=False, vocab_size=VOCAB_SIZE, seed=1)
     assert convert("verify", converted / "other", converted / "megatron") == 2
     message = capsys.readouterr().err

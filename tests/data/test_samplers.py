@@ -59,7 +59,7 @@ def test_a_batch_may_hold_an_index_twice_only_where_an_epoch_ends() -> None:
         ((5, 2), "seed: .* with 1 as the seed, now it is 2"),
     ],
 )
-def test_state_of_another_run_is_refused(other, name) -> None:
+def test_state_of_a_different_run_is_refused(other, name) -> None:
     state = PromptSampler(5, 1).state_dict()
     with pytest.raises(UserError, match=name):
         PromptSampler(*other).load_state_dict(state)

@@ -80,7 +80,7 @@ def run_doctor(*arguments: str, path: Path | None = None, isolated: bool = False
         (None, None, LOCK_FILES),
     ],
 )
-def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files) -> None:
+def test_the_environment_is_identified_by_its_torch(torch, torch_cuda, files) -> None:
     pins = {
         name: read_pins(REPOSITORY / file for file in files)["torch"]
         for name, files in (("cpu", LOCK_FILES), ("image", (IMAGE_LOCK_FILE,)))
@@ -113,7 +113,7 @@ def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named() -> No
         ([], "not installed", ""),
     ],
 )
-def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, found, advice) -> None:
+def test_nvidia_apex_is_distinguished_from_the_web_toolkit(tmp_path, monkeypatch, files, found, advice) -> None:
     for name in files:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def on_a_gpu(**changed: str | None) -> dict[str, Finding]:
     return {finding.topic: finding for finding in findings}
 
 
-def test_the_images_packages_fit_each_other() -> None:
+def test_the_images_packages_are_compatible() -> None:
     findings = on_a_gpu()
     assert findings.pop("NVIDIA apex").severity == "note", "not installed on this machine"
     assert {finding.severity for finding in findings.values()} == {"ok"}, findings
@@ -182,7 +182,7 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch) -> None:
         ({"flash_attn_4": "4.0.0b36"}, "flash attention 4 (SGLang's)", "note", "not its own", "--force-reinstall"),
     ],
 )  # fmt: skip
-def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity, found, advice) -> None:
+def test_packages_that_are_incompatible_on_a_gpu_are_explained(changed, topic, severity, found, advice) -> None:
     finding = on_a_gpu(**changed)[topic]
     assert finding.severity == severity
     assert found in finding.found and advice in finding.advice

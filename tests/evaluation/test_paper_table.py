@@ -51,7 +51,7 @@ def printed(capsys, *arguments: str) -> dict[str, dict[str, dict[str, str]]]:
     return tables(capsys.readouterr().out)
 
 
-def test_without_evaluations_only_the_published_figures_stand_there(capsys) -> None:
+def test_without_evaluations_only_the_published_figures_are_shown(capsys) -> None:
     found = printed(capsys, "--size", "Qwen3-8B")
     results = found["Results beside the paper's (arXiv 2604.14142), Qwen3-8B"]
     assert list(results) == [
@@ -92,7 +92,7 @@ def test_several_runs_and_the_paired_difference(tmp_path, capsys) -> None:
     assert found["DSRL over GRPO, in points"]["measured"]["AMC23"] == "+12.5"
 
 
-def test_what_departs_from_the_paper_is_said_and_other_benchmarks_are_not_lost(tmp_path, capsys) -> None:
+def test_departures_from_the_paper_are_listed_and_other_benchmarks_are_not_lost(tmp_path, capsys) -> None:
     mine = evaluation(tmp_path / "mine", {"amc23": [4], "sums": [8]}, samples=8, temperature=0.6, limit=1)
     assert main(["table", f"mine={mine}"]) == 0
     text = capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_a_second_evaluation_of_the_same_model_adds_to_the_first(tmp_path) -> No
     assert list(read_results(tmp_path).benchmarks) == ["sums"], "those were another policy"
 
 
-def test_the_average_stands_beside_the_papers_only_when_all_six_are_there() -> None:
+def test_the_average_is_shown_beside_the_papers_only_if_all_six_are_there() -> None:
     summary = {"title": "T", **summarise_benchmark(PROBLEMS, boxed_answer)}
     six = {name: summary for name in SIX_BENCHMARKS}
     assert "| Qwen3-4B | 41.26 | 55.79 | 54.38 | 57.54 | 25.00 |" in markdown("mine", six)

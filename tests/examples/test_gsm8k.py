@@ -36,7 +36,7 @@ def test_model_folder_and_prompts_fit_the_shipped_configuration(tmp_path) -> Non
     assert 0.3 < sum(mostly_ascii(response, "") for response in responses) / 200 < 0.7
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path) -> None:
+def test_tokenizer_of_a_different_model_is_refused(tmp_path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -66,7 +66,7 @@ def test_made_folder_is_complete_and_the_same_every_time(tmp_path) -> None:
     assert (len(train), len(held_out)) == (20, 10) and not train & held_out
 
 
-def test_other_settings_make_it_anew(tmp_path) -> None:
+def test_different_settings_remake_it(tmp_path) -> None:
     output = tmp_path / "tiny"
     assert not is_made(output, SMALL)
     make_small(output)

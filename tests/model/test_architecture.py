@@ -73,7 +73,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path) -> None:
     assert read_architecture(folder).hidden_size == 4096
 
 
-def test_folders_that_are_no_models(tmp_path) -> None:
+def test_folders_that_are_not_models(tmp_path) -> None:
     with pytest.raises(UserError, match="no config.json"):
         read_architecture(tmp_path)
     with pytest.raises(UserError, match="model.path: no such folder:"):

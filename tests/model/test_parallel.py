@@ -48,6 +48,6 @@ def wait_for_a_rank_that_comes_late(layout: ParallelConfig) -> str:
     return "noticed"
 
 
-def test_megatrons_groups_have_a_limit_of_their_own() -> None:
+def test_megatrons_groups_have_their_own_limit() -> None:
     layout = ParallelConfig(tensor_parallel_size=2, distributed_timeout_seconds=1)
     assert run_distributed(wait_for_a_rank_that_comes_late, 2, layout) == ["noticed", "late"]

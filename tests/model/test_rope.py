@@ -90,6 +90,6 @@ def test_the_attention_factor_is_that_of_transformers(factor) -> None:
         ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
     ],
 )
-def test_what_the_three_libraries_do_not_read_alike_is_refused(config, message) -> None:
+def test_what_the_three_libraries_interpret_differently_is_refused(config, message) -> None:
     with pytest.raises(UserError, match=message):
         read_rope(config, PATH)

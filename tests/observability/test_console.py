@@ -70,7 +70,7 @@ def lines(stream: io.StringIO) -> list[str]:
     return stream.getvalue().replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "").splitlines()
 
 
-def test_a_step_is_one_plain_line_in_a_log_and_failures_are_another() -> None:
+def test_a_step_is_one_plain_line_in_a_log_and_failures_are_a_second_one() -> None:
     stream = io.StringIO()
     console = RunConsole(100, stream=stream)
     with console.generation(step=7, samples=2) as advance:

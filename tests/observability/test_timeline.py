@@ -194,7 +194,7 @@ class ManualClock:
         return self.now
 
 
-def test_parts_add_up_also_when_they_raise_and_the_step_is_the_whole() -> None:
+def test_parts_add_up_even_if_they_raise_and_the_step_is_the_whole() -> None:
     clock = ManualClock()
     timer = SecondsPerPart(clock)
     with timer.part("generate"):

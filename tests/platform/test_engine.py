@@ -37,7 +37,7 @@ def test_functions_stay_as_they_are_however_they_are_marked_for_compilation() ->
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
     ],
 )
-def test_expandable_segments_beside_engines_on_the_same_gpus_are_warned_of(monkeypatch, variables, named) -> None:
+def test_expandable_segments_with_engines_on_the_same_gpus_cause_a_warning(monkeypatch, variables, named) -> None:
     assert allocator_warning(variables) is None, "they have no effect on CPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     warning = allocator_warning(variables)

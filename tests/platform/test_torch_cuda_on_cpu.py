@@ -69,7 +69,7 @@ def test_memory_statistics_follow_an_allocation() -> None:
     assert after.peak_bytes >= after.allocated_bytes * 0.9
 
 
-def test_the_recent_peak_counts_anew_and_the_overall_one_stays() -> None:
+def test_the_recent_peak_restarts_and_the_overall_one_stays() -> None:
     platform = current_platform()
     size = torch.ones(2**26).nbytes  # 256 MiB, gone at once
     before = platform.memory_statistics()

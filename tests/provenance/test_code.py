@@ -55,7 +55,7 @@ def test_every_change_has_its_own_hash_under_any_git_settings(checkout: Path) ->
     assert len({changed.diff_sha256, with_new_file.diff_sha256, with_other_content.diff_sha256}) == 3
 
 
-def test_a_package_inside_another_projects_checkout_has_not_its_commit(checkout: Path) -> None:
+def test_a_package_inside_another_projects_checkout_does_not_get_its_commit(checkout: Path) -> None:
     installed = checkout / ".cache" / "site-packages" / "package"
     installed.mkdir(parents=True)
     (installed / "__init__.py").touch()
@@ -63,7 +63,7 @@ def test_a_package_inside_another_projects_checkout_has_not_its_commit(checkout:
     assert state.commit is None and state.reason is not None and "did not match any file" in state.reason
 
 
-def test_what_pip_installed_from_a_repository_has_the_commit_that_pip_noted(
+def test_what_pip_installed_from_a_repository_has_the_commit_that_pip_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     information = tmp_path / "from_a_repository-1.0.dist-info"

@@ -25,7 +25,7 @@ def test_small_files_are_hashed_first_and_large_ones_named(tmp_path: Path) -> No
     }
 
 
-def test_a_large_model_is_told_by_its_fingerprint_and_a_hub_snapshot_by_its_commit(tmp_path, monkeypatch) -> None:
+def test_a_large_model_is_identified_by_its_fingerprint_and_a_hub_snapshot_by_its_commit(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(inputs, "MODEL_BYTES_READ", 100)
     folder = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "b968826d"
     folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_a_large_model_is_told_by_its_fingerprint_and_a_hub_snapshot_by_its_comm
     assert describe_model("Qwen/Qwen3-8B", folder)["fingerprint"] != before["fingerprint"]
 
 
-def test_a_prompt_set_is_told_by_its_files_and_by_the_prompts_that_were_taken(tmp_path: Path) -> None:
+def test_a_prompt_set_is_identified_by_its_files_and_by_the_prompts_that_were_used(tmp_path: Path) -> None:
     for part in (1, 2):
         (tmp_path / f"part{part}.jsonl").write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
     config = PromptSetConfig(source=f"{tmp_path}/part*.jsonl")

@@ -91,7 +91,7 @@ def test_folders_and_addresses_of_the_machines_stay_private(run: Path) -> None:
     assert "train.jsonl, 3 problems" in text and "tests.json" in text
 
 
-def test_a_card_is_updated_until_the_user_writes_another(run: Path) -> None:
+def test_a_card_is_updated_until_the_user_writes_their_own(run: Path) -> None:
     export = run / "hf" / "step_000012"
     refresh_card(run, 12, pytest.fail)  # it was not exported: nothing to do
     export.mkdir(parents=True)

@@ -133,7 +133,7 @@ def test_a_dry_run_keeps_a_folder_of_other_files(run: Path, capsys) -> None:
     assert mine.exists()
 
 
-def test_ones_own_card_is_uploaded_as_it_is(run: Path, capsys) -> None:
+def test_a_users_own_card_is_uploaded_unchanged(run: Path, capsys) -> None:
     card = run / "hf" / "step_000004" / "README.md"
     card.write_text("# My own words\n")
     assert main(["push", str(run), "me/tiny", "--dry-run"]) == 0

@@ -173,7 +173,7 @@ def test_samples_of_first_middle_and_last_step_are_readable(page: Page) -> None:
     assert "truncated · -0.5 nats per token" in page.text
 
 
-def test_evaluations_are_told_by_step_and_beside_the_paper(page: Page) -> None:
+def test_evaluations_are_shown_by_step_and_beside_the_paper(page: Page) -> None:
     rows = page.rows()
     # Problems with 4 and 1 of 4 right: Avg@4 = 5/8, Pass@4 = 1; with 2 and 0: 1/4 and 1/2.
     assert ["AMC23", "step 4", "2", "4", "25.0", "0.0 to 50.0", "50.0", "", "3", "0.0 %", "0"] in rows
@@ -228,7 +228,7 @@ def test_configuration_is_in_the_page(page: Page, run_folder: Path) -> None:
     assert (run_folder / "config.yaml").read_text() in page.texts
 
 
-def test_every_start_is_told_and_what_changed_between_them(page: Page) -> None:
+def test_every_start_is_shown_and_what_changed_between_them(page: Page) -> None:
     assert STARTS[0]["packages"]["torch"] == "2.14.1"
     rows = page.rows()
     device = "8 × H100, CUDA 13.0, driver 580.95.05"
@@ -248,7 +248,7 @@ def test_every_drawing_has_words_and_every_fold_a_summary(page: Page) -> None:
     assert tags.count("details") == tags.count("summary") > 0
 
 
-def test_a_run_that_is_still_going_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
+def test_a_run_that_is_still_going_is_reported_so_far(tmp_path: Path) -> None:
     write_run(tmp_path / "going", steps=3, planned=40)
     metrics = tmp_path / "going" / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 4, "pha')  # the writer is in the middle of a line
@@ -258,7 +258,7 @@ def test_a_run_that_is_still_going_is_reported_as_far_as_it_came(tmp_path: Path)
     assert "Log-prob gap to the engine: no step was in the post-train space" in text
 
 
-def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
+def test_missing_parts_are_described_in_words(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: fresh\nsteps: 5\n")
     text = Page(write_report(tmp_path)).text
     assert "No training step has been recorded yet." in text
@@ -305,7 +305,7 @@ def test_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
     assert ["AMC23", "tiny"] in [row[:2] for row in page.rows()]
 
 
-def test_a_folder_that_is_no_run_is_the_users_error(run_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_a_user_error(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such folder:"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="It contains the runs tiny"):

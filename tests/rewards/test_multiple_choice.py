@@ -74,6 +74,6 @@ def test_reward() -> None:
     assert multiple_choice(r"\boxed{J}", "J", require_box=True) == 1.0
 
 
-def test_a_gold_answer_that_is_no_letter_is_an_error() -> None:
+def test_a_gold_answer_that_is_not_a_letter_is_an_error() -> None:
     with pytest.raises(ValueError, match="must be one letter, not '7'"):
         multiple_choice("The answer is (C).", "7")

@@ -62,7 +62,7 @@ def test_failures(address, path, message) -> None:
         remote("abc", "de", f"{address}{path}", try_timeout_seconds=0.3, retries=1)
 
 
-def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address) -> None:
+def test_a_dead_server_and_a_reward_that_is_not_a_number_are_counted(address) -> None:
     for path in ("http://127.0.0.1:9/", f"{address}/nan"):
         config = RewardConfig(function="remote", options={"url": path, "retries": 0}, workers=1)
         with RewardPool(config) as pool:

@@ -298,7 +298,7 @@ def test_the_function_is_found_and_takes_its_options() -> None:
 @pytest.mark.parametrize(
     "settings", [{"partial_rollouts": {}}, {"routing_replay": True}, {"deterministic": True}], ids=lambda one: [*one][0]
 )
-def test_what_does_not_go_with_a_function_is_refused(settings) -> None:
+def test_what_conflicts_with_a_function_is_refused(settings) -> None:
     with pytest.raises(ValueError, match=f"generate: .*{[*settings][0]}"):
         RolloutConfig(generate="tests.rollout:f", **settings)
     with pytest.raises(ValueError, match="generate_options are for the function in generate"):

@@ -108,7 +108,7 @@ def test_the_groups_of_a_step_are_limited(rollout, tiny_model_folder, calls) -> 
     assert len(calls) == 2 * WANTED and batch.left == CarryOver()
 
 
-def test_a_prompt_that_comes_again_in_a_step_gets_other_samples(rollout, tiny_model_folder) -> None:
+def test_a_prompt_that_recurs_in_a_step_gets_different_samples(rollout, tiny_model_folder) -> None:
     config = settings(tiny_model_folder)
     batch = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())
     again = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())

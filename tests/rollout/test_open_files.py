@@ -74,7 +74,7 @@ def test_requests_wait_for_file_descriptors(monkeypatch, caplog) -> None:
     assert caplog.text.count("lets only 3 requests run at a time; raise it") == 1
 
 
-def test_a_request_without_a_descriptor_is_made_again_and_costs_no_attempt_and_no_engine(monkeypatch) -> None:
+def test_a_request_without_a_descriptor_is_retried_and_costs_no_attempt_and_no_engine(monkeypatch) -> None:
     monkeypatch.setattr("megatron_dsrl.rollout.dispatcher.FIRST_BACK_OFF_SECONDS", 0.01)
     engine = Engine(files=4)
     batch, lost = sample(engine, prompts=20)
@@ -123,7 +123,7 @@ def test_a_real_limit_is_recognised_before_the_start_and_in_a_call() -> None:
     assert during.startswith("Too many open files: the limit of open files is 64 for this process; raise it")
 
 
-def test_the_limit_is_raised_as_far_as_it_may_be(monkeypatch) -> None:
+def test_the_limit_is_raised_as_far_as_allowed(monkeypatch) -> None:
     limits = [(1024, 4096)]
     monkeypatch.setattr(open_files.resource, "getrlimit", lambda kind: limits[-1])
     monkeypatch.setattr(open_files.resource, "setrlimit", lambda kind, both: limits.append(both))

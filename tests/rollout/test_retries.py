@@ -78,7 +78,7 @@ def tokens_of(groups: list[SampleGroup]) -> list[tuple[int, ...]]:
     return [sample.response_ids for group in groups for sample in group.samples]
 
 
-def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(behind, monkeypatch) -> None:
+def test_a_request_that_fails_is_retried_after_growing_pauses(behind, monkeypatch) -> None:
     monkeypatch.setattr("megatron_dsrl.rollout.batch.FIRST_BACK_OFF_SECONDS", 0.2)
     undisturbed, proxy, retries = behind.sample()
     assert (len(proxy.calls), retries) == (1, 0)
@@ -135,7 +135,7 @@ def test_the_step_limit_names_the_unfinished_prompts(behind) -> None:
     assert [call.outcome for call in behind.ended] == ["cancelled", "cancelled"]
 
 
-def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once) -> None:
+def test_what_the_engine_aborts_itself_continues_where_it_stopped(behind, at_once) -> None:
     undisturbed, _, _ = behind.sample(tokens=LONG_RESPONSE_TOKENS)
     behind.ended.clear()
 
@@ -163,7 +163,7 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
     ]
 
 
-def test_the_run_counts_the_requests_that_were_made_again(engine_rollout, at_once, monkeypatch) -> None:
+def test_the_run_counts_retried_requests(engine_rollout, at_once, monkeypatch) -> None:
     generate, failures = EngineClient.generate, [EngineError("out of order")]
 
     async def fails_once(client: EngineClient, *arguments: Any) -> list[Completion]:

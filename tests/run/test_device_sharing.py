@@ -156,7 +156,7 @@ def test_a_lost_engine_gets_the_weights_back_alone() -> None:
     ]
 
 
-def test_of_the_critic_all_that_is_offloaded_goes_before_the_weights_are_pushed() -> None:
+def test_everything_offloaded_of_the_critic_leaves_before_the_weights_are_pushed() -> None:
     recorded = Recorded(EVERYTHING, with_critic=True)
     give_way = [
         "offload policy: gradients optimizer",

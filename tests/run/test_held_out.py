@@ -127,7 +127,7 @@ def test_early_and_late_frequency() -> None:
     assert EvaluationConfig(every_steps=10, early_until_step=50).interval_at(20) == 10
 
 
-def test_a_set_is_sampled_as_it_says_and_not_as_training_is() -> None:
+def test_a_set_is_sampled_with_its_own_settings_not_those_of_training() -> None:
     rollout = RecordedRollout({"1": (sample(1.0, 3),), "2": (sample(1.0, 3),)})
     rollout.training_sampling = SamplingParameters(
         64, stop_token_ids=(2, 0), temperature=0.8, top_p=0.7, top_k=5, return_routed_experts=True
@@ -144,7 +144,7 @@ def test_a_set_is_sampled_as_it_says_and_not_as_training_is() -> None:
     ]
 
 
-def test_a_benchmark_is_taken_over_by_its_name_and_fields_beside_it_win() -> None:
+def test_a_set_inherits_a_benchmark_by_name_and_its_own_fields_win() -> None:
     (held_out,) = EvaluationConfig.model_validate_json(
         '{"sets": [{"benchmark": "aime24", "samples_per_prompt": 4, "top_p": 0.95}]}'
     ).sets

@@ -80,7 +80,7 @@ def on_recorded_samples(folder: Path) -> dict[str, Any]:
     return {"rollout": rollout | {"replay_from": str(recorded)}, "evaluation": {"sets": []}}
 
 
-def test_what_a_step_says_of_critic_and_reference(dual_space) -> None:
+def test_what_a_step_records_of_critic_and_reference(dual_space) -> None:
     steps = records(dual_space, "metrics.jsonl")
     for step in steps[:2]:
         assert not any(name.startswith("critic/") for name in step)
@@ -96,7 +96,7 @@ def test_what_a_step_says_of_critic_and_reference(dual_space) -> None:
     assert 0 < kl[0] < kl[1] and 0 < kl[2] < kl[1]
 
 
-def test_the_optimizer_starts_anew_at_the_switch_and_only_there(dual_space) -> None:
+def test_the_optimizer_is_reset_at_the_switch_and_only_there(dual_space) -> None:
     """Two optimizer steps on every rollout batch; the count begins at 0 in step 3."""
 
     def count(step: int) -> float:

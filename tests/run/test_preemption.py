@@ -56,7 +56,7 @@ def test_a_run_whose_terminal_is_closed_saves_its_state(tmp_path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_under_nohup_it_goes_on(tmp_path) -> None:
+def test_under_nohup_it_continues(tmp_path) -> None:
     process, master = start_in_terminal(tmp_path, 1.0, IGNORES)
     os.close(master)
     assert process.wait(60) == 0

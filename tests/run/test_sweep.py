@@ -95,7 +95,7 @@ def replace_training(folder: Path, monkeypatch, script: str) -> None:
     monkeypatch.chdir(folder)
 
 
-def test_a_failed_run_is_named_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch, capsys) -> None:
+def test_a_failed_run_is_named_with_its_reason_and_the_others_continue(tmp_path, monkeypatch, capsys) -> None:
     write_tiny_run(tmp_path)
     replace_training(tmp_path, monkeypatch, "echo 'dsrl: the disk is full'; echo 'tail of the log'; exit 1\n")
     runs = runs_of(load_sweep(write_sweep(tmp_path, seeds=[1])), tmp_path)

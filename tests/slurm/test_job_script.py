@@ -105,7 +105,7 @@ def requeued(stubs: Path) -> int:
 
 
 @pytest.mark.parametrize("work, status", [("eval", 138), ("eval", 75), ("train", 75), ("train", 138), ("report", 143)])
-def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_path, work, status) -> None:
+def test_a_job_asked_to_stop_is_requeued_and_is_not_a_crash(run_script, stubs, tmp_path, work, status) -> None:
     for attempt in range(4):  # more than crashes are allowed
         assert run_script(statuses={work: status}, SLURM_RESTART_COUNT=str(attempt)).returncode == status
         assert requeued(stubs) == attempt + 1

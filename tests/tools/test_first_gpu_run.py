@@ -50,7 +50,7 @@ def test_the_gpu_tests_are_all_that_are_marked() -> None:
     assert marked == set(GPU_TESTS)
 
 
-def test_stages_have_names_of_their_own_and_need_more_and_more_gpus() -> None:
+def test_stages_have_distinct_names_and_need_more_and_more_gpus() -> None:
     names = [stage.name for stage in all_stages(8)]
     assert len(set(names)) == len(names) and not any(re.search(r"[^\w.]", name) for name in names)
     needed = [stage.gpus for stage in all_stages(8) if stage not in BENCHMARKS]
@@ -140,7 +140,7 @@ def test_what_is_not_a_secret_stays() -> None:
     ]  # fmt: skip
 
 
-def test_a_failure_says_what_to_attach_and_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
+def test_a_failure_says_what_to_attach_and_how_to_continue(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("tools.first_gpu_run.__main__.all_stages", lambda gpus: (WELL, BAD))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["--dry-run", "--output", str(tmp_path)]) == 1

@@ -108,7 +108,7 @@ def test_the_attention_that_transformer_engine_chose_is_a_figure() -> None:
     assert attention_backends(lines[1:2]) == {}
 
 
-def test_a_commit_from_the_command_line_counts_where_there_is_no_checkout(monkeypatch) -> None:
+def test_a_commit_from_the_command_line_is_used_without_a_checkout(monkeypatch) -> None:
     assert len(describe_machine("abc")["commit"].split()[0]) == 40
     monkeypatch.setattr("tools.gpu_record.machine.ROOT", Path("/nowhere"))
     assert describe_machine("abc")["commit"] == "abc, as given on the command line"

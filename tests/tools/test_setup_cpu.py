@@ -102,7 +102,7 @@ def test_a_system_without_wheels_is_refused_before_anything_is_installed(
 
 
 @pytest.mark.parametrize("library", ["glibc 2.34", "glibc 2.41", "glibc 3.0"])
-def test_newer_systems_are_taken(checkout, tmp_path, library) -> None:
+def test_newer_systems_are_accepted(checkout, tmp_path, library) -> None:
     program(tmp_path / "bin", "getconf", f"echo {library}")
     program(tmp_path / "bin", "uname", "test $1 = -s && echo Linux || echo aarch64")
     assert sourced(checkout, "check_system", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin").returncode == 0
@@ -131,7 +131,7 @@ def sourced(checkout: Path, commands: str, **variables: str) -> subprocess.Compl
         ({"DSRL_INSTALLER": "pip"}, "pip python3.11"),
     ],
 )
-def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen, uv="exit 0") -> None:
+def test_uv_is_used_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen, uv="exit 0") -> None:
     folder = tmp_path / "bin"
     program(folder, "uv", uv)
     for minor in (11, 12):
@@ -148,14 +148,14 @@ def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables,
     assert result.stdout == chosen.format(bin=folder) + "\n", result.stderr
 
 
-def test_uv_does_not_fetch_a_python_where_one_is_there(checkout, tmp_path) -> None:
+def test_uv_does_not_fetch_a_python_if_one_is_there(checkout, tmp_path) -> None:
     """Not every cluster's network lets it."""
-    test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, {}, "pip python3.11", uv="exit 1")
+    test_uv_is_used_unless_it_cannot_do_the_work(checkout, tmp_path, {}, "pip python3.11", uv="exit 1")
 
 
 def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path) -> None:
     wrong = {"DSRL_PYTHON": "{bin}/none"}
-    test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, wrong, "uv {bin}/none", uv="exit 1")
+    test_uv_is_used_unless_it_cannot_do_the_work(checkout, tmp_path, wrong, "uv {bin}/none", uv="exit 1")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_an_installer_that_does_not_fit_is_refused(checkout, tmp_path, variables
     assert result.returncode == 1 and complaint in result.stderr
 
 
-def test_an_option_that_there_is_not_is_refused(checkout) -> None:
+def test_an_option_that_does_not_exist_is_refused(checkout) -> None:
     result = set_up(checkout, "--devel")
     assert result.returncode == 2 and "unknown option --devel" in result.stderr

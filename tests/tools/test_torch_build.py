@@ -102,7 +102,7 @@ def test_the_users_own_index_of_the_cpu_build_is_enough(install_torch, indices) 
     assert installed == f"{VERSION}+cpu" and "CUDA" not in printed
 
 
-def test_the_build_for_cuda_is_taken_and_said_where_there_is_no_other_and_kept(install_torch, indices) -> None:
+def test_the_cuda_build_is_used_reported_and_kept_if_there_is_no_other(install_torch, indices) -> None:
     nowhere = "http://127.0.0.1:9/nothing-listens-here"
     printed, installed = install_torch(nowhere)
     assert installed == VERSION

@@ -26,7 +26,7 @@ def test_every_shard_holds_its_gate_then_its_up() -> None:
     assert GateAndUp().shard(hf, rank=1, size=2).flatten().tolist() == [2, 20]
 
 
-def test_vocabulary_is_padded_with_zero_rows_also_over_a_whole_rank() -> None:
+def test_vocabulary_is_padded_with_zero_rows_even_over_a_whole_rank() -> None:
     hf = (rows(1, 2, 3, 4, 5),)
     shards = [Vocabulary(5).shard(hf, rank, 4).flatten().tolist() for rank in range(4)]
     assert shards == [[1, 2], [3, 4], [5, 0], [0, 0]]

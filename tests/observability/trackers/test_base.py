@@ -53,7 +53,7 @@ def test_destinations_are_where_the_records_go(monkeypatch) -> None:
     assert WandbTracker().destination() == WandbTracker(project="mine").destination()
 
 
-def test_mlflow_takes_names_and_parameters_of_its_own_form() -> None:
+def test_mlflow_gets_names_and_parameters_in_its_own_form() -> None:
     assert allowed_name("evaluation/held-out/pass@8") == "evaluation/held-out/pass_at_8"
     config = {"data": {"columns": ["a", "b"], "system_prompt": None}, "phases": [{"name": "grpo"}], "empty": {}}
     assert dict(flat(config)) == {

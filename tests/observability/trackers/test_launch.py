@@ -63,7 +63,7 @@ def train(
     return reported
 
 
-def test_a_run_that_is_resumed_goes_on_in_the_same_tracker_run(folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_in_the_same_tracker_run(folder: Path, tmp_path: Path) -> None:
     """Steps that are taken again after the checkpoint of step 3 are not sent again."""
     file = tmp_path / "calls.jsonl"
     with pytest.raises(Preempted):
@@ -122,7 +122,7 @@ def test_a_training_that_is_killed(folder: Path, tmp_path: Path) -> None:
         ("crashes", "ended unexpectedly (status 7); the run continues, see "),
     ],
 )
-def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(folder, tmp_path, trouble, said) -> None:
+def test_a_tracker_that_fails_is_reported_once_and_the_run_continues(folder, tmp_path, trouble, said) -> None:
     bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
     started = time.monotonic()
 

@@ -31,7 +31,7 @@ def record_steps(folder: Path, *steps: int) -> None:
             records.log_evaluation({"step": step, "set": "sums", "accuracy": 0.5}, [{"prompt": "?", "reward": 0.0}])
 
 
-def test_repeating_it_sends_what_is_new(folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_second_upload_sends_only_what_is_new(folder: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "calls.jsonl"
     command = ["upload", str(folder), "--to", PATH, f"file={file}"]
     assert main(command) == 0

@@ -144,7 +144,7 @@ def test_a_server_with_digests_of_more_ranks_than_it_has_is_named(rollout, serve
         rollout.load_weights(lambda: buckets_of(folder), version=1)
 
 
-def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, monkeypatch) -> None:
+def test_a_server_that_hangs_gets_the_weights_when_it_continues(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     engines = ExternalEngines(tiny_run_config(folder, urls=[server.url], update_timeout_seconds=2.0), initial_version=0)
     gathered = []
@@ -166,7 +166,7 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
     assert len(gathered) > 1 and engines.restarts == len(gathered) - 1, "drawn to the end even without a listener"
 
 
-def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder) -> None:
+def test_what_an_earlier_run_left_running_is_ended(rollout, server, folder) -> None:
     async def begin_and_push() -> Completion:
         request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=LONG_RESPONSE_TOKENS)
         sampling = SamplingParameters(LONG_RESPONSE_TOKENS, stop_token_ids=())
@@ -269,7 +269,7 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_an_asynchronous_run_keeps_its_bound_and_goes_on_with_what_it_had(tmp_path) -> None:
+def test_an_asynchronous_run_keeps_its_bound_and_continues_with_what_it_had(tmp_path) -> None:
     """Engines sample beside the trainer, weights change in the middle of responses, and no token is ever too old."""
     config = write_tiny_run(tmp_path)
     server = EngineServer(

@@ -67,7 +67,7 @@ def test_a_temporary_folder_that_is_gone_does_not_matter_at_the_end(tmp_path) ->
     server.stop()
 
 
-def test_what_a_killed_process_has_left_goes_at_the_next_start_and_nothing_else(tmp_path, monkeypatch) -> None:
+def test_what_a_killed_process_left_is_removed_at_the_next_start_and_nothing_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     noted = Path(f"/dev/shm/sglang_loads_{uuid.uuid4().hex}.shm")
     noted.touch()

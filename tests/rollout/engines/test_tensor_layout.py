@@ -57,7 +57,7 @@ def test_a_bucket_becomes_one_of_each_dtype() -> None:
     assert [len(each) for each in quantised_buckets([others, values[:0]])] == [2], "none is empty"
 
 
-def test_the_engines_digest_is_of_what_its_values_and_scales_stand_for(tmp_path) -> None:
+def test_the_engines_digest_is_of_what_its_values_and_scales_represent(tmp_path) -> None:
     """SGLang stores queries, keys and values below each other, and digests the product in bfloat16."""
     make_tiny_qwen3(tmp_path, tied=True)
     sent = SentWeights(EngineLayout(read_architecture(tmp_path), rank=0, size=1), quantised=True)
