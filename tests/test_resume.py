@@ -114,7 +114,7 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed) -> No
 
 @pytest.mark.slow
 def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config, undisturbed) -> None:
-    """On two ranks, while the first one trains; it then goes on as if nothing had been."""
+    """On two ranks, while the first one trains; it then continues as if nothing had happened."""
     run = config.parent / "runs" / "twice"
     with running_training(str(config), "name=twice", *OPTIONS, run=run) as training:
         training.wait_until(lambda: training.has_checkpoint(1))

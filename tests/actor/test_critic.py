@@ -1,6 +1,6 @@
 """The critic against plain Transformers and torch: values, updates with clipping, every layout in real processes.
 
-Dense and with experts in float32, and both in bfloat16 beside that.
+Dense and with experts in float32, and both in bfloat16 as well.
 """
 
 import copy
@@ -79,7 +79,7 @@ TWO_PROCESSES = {
 }
 CLASSIFIERS = {"token classifier": Qwen3ForTokenClassification, "classifier": Qwen3ForSequenceClassification}
 OTHER_HEADS = ("untied policy", *CLASSIFIERS)
-"""Models with an output layer of their own or another head; the policy's is its embedding."""
+"""Models with their own output layer or a different head; the policy's is its embedding."""
 TOKEN_CLASSIFIERS = {"dense": Qwen3ForTokenClassification, "MoE": Qwen3MoeForTokenClassification}
 
 
@@ -147,7 +147,7 @@ def from_a_policy(folder: Path, paths: list[str | None]) -> list[tuple[float, di
 
 
 def stop_and_continue(models: Path, target: Path) -> dict[str, bool]:
-    """Whether a critic that was saved before its first step, and after two updates, goes on bit for bit."""
+    """Whether a critic that was saved before its first step, and after two updates, continues bit for bit."""
     same = {}
     folder, trained = models / "dense", models / "dense critic"
     for name in ("tensor parallel", "distributed optimizer"):
@@ -257,7 +257,7 @@ def reference_values(model: PreTrainedModel, batch: Experience) -> list[torch.Te
 def reference_updates(model: PreTrainedModel, count: int) -> tuple[list[dict], list[torch.Tensor]]:
     """The same updates in plain torch: metrics, and the values before them. The weights stay in the model.
 
-    Adam moves float32 weights, which the model takes over in its own dtype after every step.
+    Adam moves float32 weights, which the model copies in its own dtype after every step.
     """
     master = copy.deepcopy(model).float()
     optimizer = adamw(master, OPTIMIZER)

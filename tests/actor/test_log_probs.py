@@ -77,7 +77,7 @@ def test_keeping_logits_changes_nothing(kept_bytes) -> None:
 
 
 def test_blocks_lose_no_precision_in_bfloat16() -> None:
-    """Gradients are summed over blocks in float32: no further from exact ones than with all logits at once."""
+    """Gradients are summed over blocks in float32: no farther from the exact ones than with all logits at once."""
     in_one, in_several = (in_blocks(replace(WHOLE, block_bytes=size), torch.bfloat16) for size in (2**20, TEN_COLUMNS))
     for blocks, at_once, exact in zip(in_several, in_one, naive(WHOLE)):
         assert (blocks.double() - exact).norm() < 1.2 * (at_once.double() - exact).norm() + 1e-6

@@ -314,7 +314,7 @@ def assert_bitwise(one: dict, other: dict) -> None:
 
 
 def test_the_reference_is_the_model_without_adapters(models, torch_distributed, tmp_path) -> None:
-    """Bit for bit, and it keeps the adapters' values only. Refreshed, it is the policy, also after a restart."""
+    """Bit for bit, and it keeps the adapters' values only. Refreshed, it is the policy, even after a restart."""
     config, experience = lora_run(Case(dtype="bfloat16"), models), objective_of(GRPO).experience
     without = config.model_copy(update={"actor": config.actor.model_copy(update={"lora": None})})
     with parallel_layout(config.parallel, seed=1):

@@ -149,7 +149,8 @@ def test_the_policy_is_untouched_and_a_refreshed_reference_resumes_bit_for_bit(m
 
 
 def teacher_of_its_own(folder: Path, teacher_folder: Path) -> dict[str, bool]:
-    """In two tensor-parallel processes in bf16: a reference with another model's weights, beside that model's actor."""
+    """In two tensor-parallel processes in bf16: a reference with a different model's weights, and that model's
+    actor."""
     parallel = ParallelConfig(tensor_parallel_size=2)
     config = run_config(folder, parallel, ACTOR)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})

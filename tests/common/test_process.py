@@ -1,4 +1,4 @@
-"""Processes that end with those that started them, `kill -9` included."""
+"""Processes that end with those that started them, even by `kill -9`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every epoch is a permutation, a resumed sampler goes on exactly where it stood, and orders of a set's prompts."""
+"""Every epoch is a permutation, a resumed sampler continues exactly where it was, and orders of a set's prompts."""
 
 from dataclasses import replace
 

@@ -43,7 +43,7 @@ def test_ids_of_the_real_qwen3(shared_data) -> None:
 
 
 def test_a_tokenizer_of_another_format_has_its_own_bos_and_stop_tokens(tmp_path) -> None:
-    """Llama 3's special tokens: EOS ends a turn, and generation_config.json names further stop tokens."""
+    """Llama 3's special tokens: EOS ends a turn, and generation_config.json names more stop tokens."""
     build_llama_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), vocab_size=128)
     begin, end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(

@@ -61,7 +61,7 @@ class Continued:
     request: EvaluationRequest
     process_id: int
     refusal: str
-    """What a second evaluation was told while the first one ran."""
+    """The message that a second evaluation got while the first one ran."""
     left_behind: list[str]
     """Processes that outlived the killed one."""
     lines_before: list[str]

@@ -60,7 +60,7 @@ phases:
 
 
 def make_sample(reward: float, tokens: int = 3, text: str = "so \\boxed{1}", **changes: object) -> Sample:
-    """A sample with the given reward and length; further fields by name."""
+    """A sample with the given reward and length; other fields by name."""
     fields = {
         "response_ids": tuple(range(tokens)),
         "log_probs": (-0.5,) * tokens,
@@ -179,7 +179,7 @@ def write_run(
 
 
 def start_record(**changes: object) -> Record:
-    """What produced a run, as `dsrl train` records it on 8 GPUs; further fields by name."""
+    """What produced a run, as `dsrl train` records it on 8 GPUs; other fields by name."""
     hashes = {"prompts.jsonl": {"bytes": 1000, "sha256": "d" * 64}}
     prompts = {"source": "prompts.jsonl", "subset": None, "split": None, "files": hashes, "prompts": 40}
     code = {"commit": "c" * 40, "dirty": False, "diff_sha256": None, "reason": None, "working_folder": None}

@@ -110,7 +110,7 @@ def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, cap
 
 
 def test_what_is_suggested_can_be_pasted(capsys) -> None:
-    """The overrides make the configuration that the plan is for, engines included, and it then fits."""
+    """The overrides make the configuration that the plan is for, including engines, and it then fits."""
     file, engines = REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", "engine.tensor_parallel_size=4"
     config = load_config(file, [engines])
     (best,) = suggest(config, qwen3_8b(), find_gpu("b200"), 2, ASSUMED, count=1)
@@ -175,6 +175,6 @@ def test_adapters_are_saved_alone_but_exported_merged() -> None:
 
 
 def test_a_critic_is_saved_too() -> None:
-    critic = PARAMETERS - 151_936 * 4096 + 4096 + 1  # a value head in place of the output layer
+    critic = PARAMETERS - 151_936 * 4096 + 4096 + 1  # a value head instead of the output layer
     ppo = load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml")
     assert run_files(ppo, qwen3_8b()).checkpoint_bytes == 14 * (PARAMETERS + critic)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def package(monkeypatch) -> Iterator[ModuleType]:
-    """The package of the image, beside the CUDA 13 build of torch."""
+    """The package of the image, with the CUDA 13 build of torch."""
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     import torch_memory_saver
@@ -65,7 +65,7 @@ def test_it_is_the_images_release_and_new_enough_for_sglang() -> None:
 
 
 def calls_in(tree: ast.AST, of_object: str) -> list[ast.Call]:
-    """Calls of methods of the object that this name stands for, also as an attribute."""
+    """Calls of methods of the object with this name, even as an attribute."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     return [call for call in found if ast.unparse(call.func.value).rpartition(".")[2].lstrip("_") == of_object]
 

@@ -28,7 +28,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run with an exported policy, beside which other files lie."""
+    """A finished run with an exported policy and other files beside it."""
     folder = tmp_path / "tiny"
     write_run(folder, steps=4)
     write_starts(folder, start_record())
@@ -103,7 +103,7 @@ def test_a_dry_run_writes_the_folder_to_upload_and_changes_nothing_else(run: Pat
     ("options", "named"), [([], "base"), (["--base-model", "Qwen/Qwen3-8B"], "Qwen/Qwen3-8B")], ids=["folder", "hub"]
 )
 def test_adapters_are_uploaded_without_the_folder_of_their_base_model(run: Path, capsys, options, named) -> None:
-    """And a chat template in a folder of its own stays in it."""
+    """And a chat template in its own folder stays in it."""
     policy = run / "hf" / "step_000004"
     for name in ("adapter/adapter_model.safetensors", "additional_chat_templates/tools.jinja"):
         (policy / name).parent.mkdir()

@@ -1,4 +1,4 @@
-r"""The released code's comparison, oddities included.
+r"""The released code's comparison, including its oddities.
 
 The expected values are those of verl's `math_reward.compute_score`. (Both agree on 300,000 random answers that were put
 together from LaTeX fragments.)

@@ -1,4 +1,4 @@
-"""A low limit of open files: requests wait, or the user is told; no engine is ever blamed."""
+"""A low limit of open files: requests wait, or the user gets a message; no engine is ever blamed."""
 
 import asyncio
 import errno

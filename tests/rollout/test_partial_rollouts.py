@@ -1,4 +1,4 @@
-"""Partial rollouts over a real engine: a step ends when it has enough, and the next one goes on where it stopped."""
+"""Partial rollouts over a real engine: a step ends when it has enough, and the next one continues where it stopped."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Requests that fail while their engine is well: a real engine behind a proxy that fails as it is told."""
+"""Requests that fail while their engine is well: a real engine behind a proxy that fails on request."""
 
 import asyncio
 import threading

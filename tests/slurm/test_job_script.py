@@ -1,4 +1,4 @@
-"""What slurm/job.sh makes of the end of a step, without SLURM: `srun` ends as told and `scontrol` writes down its call.
+"""What slurm/job.sh does at the end of a step, without SLURM: `srun` exits as instructed, `scontrol` records its call.
 
 The scripts under a real SLURM are tested in test_jobs.py.
 """

@@ -67,7 +67,7 @@ def _different_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of all models of a checkpoint, optimizers included, independent of the layout that wrote it."""
+    """Every tensor of all models of a checkpoint, including optimizers, independent of the layout that wrote it."""
     tensors: dict[str, torch.Tensor] = {}
     for folder in (run / "checkpoints" / f"step_{step:06d}").glob("*/"):
         if not (folder / ".metadata").exists():

@@ -106,7 +106,7 @@ def dispatch(
 
 
 def decode_as_numbers(token_ids: Sequence[int]) -> str:
-    """Token ids as text, in place of a tokenizer."""
+    """Token ids as text, instead of a tokenizer."""
     return " ".join(map(str, token_ids))
 
 

@@ -1,4 +1,4 @@
-"""An HTTP proxy before a real engine, which fails as it is told and passes everything else on."""
+"""An HTTP proxy in front of a real engine, which fails on request and passes everything else on."""
 
 import json
 import threading

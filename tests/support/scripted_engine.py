@@ -1,4 +1,4 @@
-"""An engine that writes what it is told, turn by turn, in place of `EngineClient`. No model is asked."""
+"""An engine that writes a given text, turn by turn, instead of `EngineClient`. No model is asked."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class ScriptedEngine:
     async def generate(
         self, requests: Sequence[SampleRequest], sampling: SamplingParameters, timeout_seconds: float | None
     ) -> list[Completion]:
-        """Log-probs are -0.5 for the first token of a turn, and half as much for each further one."""
+        """Log-probs are -0.5 for the first token of a turn, and half as much for each later one."""
         await asyncio.sleep(0)
         return [self._complete(request, sampling) for request in requests]
 

@@ -36,7 +36,7 @@ def file_system(request, monkeypatch) -> None:
 
 
 def test_every_byte_arrives_at_its_place_and_nothing_else_changes(file_system, tmp_path) -> None:
-    """Two files; runs that begin anywhere, go on, jump, and leave gaps; the memory is changed after each write."""
+    """Two files; runs that begin anywhere, continue, jump, and leave gaps; the memory is changed after each write."""
     paths = [tmp_path / "a", tmp_path / "b"]
     contents = [bytearray(random.Random(seed).randbytes(SIZE)) for seed in (1, 2)]
     for path, content in zip(paths, contents):

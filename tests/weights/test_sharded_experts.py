@@ -103,7 +103,7 @@ def test_logits_equal_transformers(measured, layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_transformers(measured, layout) -> None:
-    """Router included: the weights of the experts carry its gradient."""
+    """Including the router: the weights of the experts carry its gradient."""
     for rank in measured:
         errors = rank[layout]["gradient_errors"]
         assert len(errors) == 87

@@ -96,7 +96,7 @@ def test_a_resumed_run_continues_in_the_same_tracker_run(folder: Path, tmp_path:
 
 
 def test_a_training_that_is_killed(folder: Path, tmp_path: Path) -> None:
-    """What it has recorded still arrives, and the next start waits for that and goes on in the same tracker run."""
+    """What it has recorded still arrives, and the next start waits for that and continues in the same tracker run."""
     file = tmp_path / "calls.jsonl"
     program = (
         "import os, signal, time\nfrom pathlib import Path\n"

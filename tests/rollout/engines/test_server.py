@@ -173,7 +173,7 @@ def without_sglang(monkeypatch) -> None:
 
 
 def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make_server, without_sglang) -> None:
-    """Whoever answers there, even with the right answers, is not taken for the engine."""
+    """Another server there, even with the right answers, is not mistaken for the engine."""
     server = make_server()
     server.start()
     port = int(server.url.rpartition(":")[2])
@@ -240,7 +240,7 @@ def test_a_failure_of_the_gpu_is_not_a_users_mistake(make_server, monkeypatch) -
 
 
 def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, without_sglang) -> None:
-    """Neither server listens yet, but the second run is told at once."""
+    """Neither server listens yet, but the second run is refused at once."""
     first = make_server()
     first.start()
     port = int(first.url.rpartition(":")[2])

@@ -109,7 +109,7 @@ class _AsOnCuda(TorchFunctionMode):
 
 
 def _wait_once() -> None:
-    """Ring attention waits twice for what it has received, which gloo takes for waiting for another message."""
+    """Ring attention waits twice for what it has received, which gloo mistakes for waiting for another message."""
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
 
     communicate = context_parallel.flash_attn_p2p_communicate

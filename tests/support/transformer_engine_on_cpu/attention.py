@@ -110,7 +110,7 @@ def fused_attn_bwd(
 
 
 def _check_lengths(cu_seqlens: Tensor, limit: int) -> None:
-    """A longer sequence than the kernel was told of would be cut off."""
+    """A sequence longer than the kernel was told would be cut off."""
     assert int(cu_seqlens.diff().max()) <= limit
 
 
