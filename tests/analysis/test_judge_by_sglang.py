@@ -1,6 +1,6 @@
 """`dsrl analyse behaviours` with a judge that a real SGLang server serves.
 
-Random weights judge nothing: shown is that questions arrive, answers come back, and unreadable ones are counted.
+Random weights judge nothing: the test shows that questions arrive, answers come back, and unreadable ones are counted.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`dsrl analyse` on run folders and evaluations as they lie on disk."""
+"""`dsrl analyse` on run folders and evaluations on disk."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`dsrl samples` on a run folder as it lies on disk; with token log-probs it is tested in tests/test_train.py."""
+"""`dsrl samples` on a run folder on disk; with token log-probs it is tested in tests/test_train.py."""
 
 import io
 from dataclasses import replace

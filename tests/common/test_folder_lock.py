@@ -67,7 +67,7 @@ def test_a_second_command_is_refused_on_every_rank_until_the_first_is_killed(fol
     with locked(folder, reports.append):
         assert (folder / LOCK_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     with locked(folder, reports.append):
-        """The one before has ended in order."""
+        """The one before has ended properly."""
 
 
 def test_a_process_that_is_about_to_end_is_waited_for(folder, holder) -> None:

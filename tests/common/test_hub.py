@@ -1,4 +1,4 @@
-"""What the hub does not give, asked by its real clients: its address does not answer, or a server refuses."""
+"""What the hub does not provide, requested by its real clients: its address does not answer, or a server refuses."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ WHAT = (
 
 
 class RefusingHub(BaseHTTPRequestHandler):
-    """Refuses as the hub does: with a status and an error code, `org/gated` otherwise than everything else."""
+    """Refuses as the hub does: with a status and an error code, `org/gated` differently from everything else."""
 
     def do_GET(self) -> None:
         gated = "gated" in self.path

@@ -1,4 +1,4 @@
-"""What a command says while something takes its time."""
+"""What a command prints while something takes long."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What `dsrl config` says of a key."""
+"""What `dsrl config` says about a key."""
 
 import re
 

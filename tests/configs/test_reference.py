@@ -1,4 +1,4 @@
-"""What is made from the configuration's classes, and the JSON schemas by which editors check the files."""
+"""What is made from the configuration's classes, and the JSON schemas with which editors check the files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`dsrl doctor`: what it finds here, and what it says where something is missing."""
+"""`dsrl doctor`: what it finds here, and what it says if something is missing."""
 
 import json
 import resource

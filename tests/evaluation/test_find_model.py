@@ -116,7 +116,7 @@ def tensors_of(folder: Path) -> dict[str, list]:
 
 
 def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys) -> None:
-    """By their own folder, that of the weights in them, or the run's; an export is none."""
+    """By their own folder, that of the weights in them, or the run's; an export is not one."""
     checkpoint = run / "checkpoints" / "step_000003"
     (run / "config.yaml").write_text(CONFIG.format(name="tiny", steps=9, warmup=2, learning_rate=1e-3))
     make_tiny_qwen3(run / "hf" / "step_000009", tied=True, seed=9)

@@ -1,4 +1,4 @@
-"""Figures of a benchmark, and the files that tell them."""
+"""Figures of a benchmark, and the files that hold them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What lies on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
+"""What is on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
 
 import pytest
 

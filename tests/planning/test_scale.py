@@ -1,4 +1,4 @@
-"""A step on many GPUs, on paper: every part by hand, and what is named as the first limit."""
+"""A step on many GPUs, on paper: every part by hand, and what counts as the first limit."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what it says, what it does not tell, and whom it belongs to."""
+"""The model card of an exported policy: what it says, what it leaves out, and who owns it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The HTML report of a synthetic run: it tells what lies in the run folder, and is self-contained and safe."""
+"""The HTML report of a synthetic run: it shows what is in the run folder, and is self-contained and safe."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Mathematically equal answers are right in any form; nothing but the last box is looked at."""
+"""Mathematically equal answers are right in any form; only the last box counts."""
 
 import json
 

@@ -99,7 +99,7 @@ def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[SampleGroup
 
 
 def assert_same(groups: list[SampleGroup], expected: list[SampleGroup]) -> None:
-    """Prompts, tokens, log-probs and rewards, none lost or doubled. (Versions: some tests push once more.)"""
+    """Prompts, tokens, log-probs and rewards, none lost or duplicated. (Versions: some tests push once more.)"""
     for group, other in zip(groups, expected, strict=True):
         assert group.prompt == other.prompt
         for one, two in zip(group.samples, other.samples, strict=True):

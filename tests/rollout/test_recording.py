@@ -50,7 +50,7 @@ def test_replay_of_the_same_batch(saved) -> None:
 
 
 def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved) -> None:
-    """The other groups of dynamic sampling are there for those who look at the samples."""
+    """The other groups of dynamic sampling are recorded for reading."""
     folder, groups = saved
     write_groups(rollout_file(folder, 1), [groups[2], groups[0]], [groups[1]])
 

@@ -45,7 +45,7 @@ class Behind:
         meanwhile: Callable[[FailingProxy], None] = ignore,
         **settings: float,
     ) -> tuple[list[SampleGroup], FailingProxy, int]:
-        """The groups, what the proxy has seen, and how many calls were made again.
+        """The groups, what the proxy has seen, and how many calls were retried.
 
         Keyword arguments are those of `batch_request`.
         """

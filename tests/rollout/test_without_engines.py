@@ -1,4 +1,4 @@
-"""The responses of a data set in the place of samples."""
+"""The responses of a data set instead of samples."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a step record says of an update."""
+"""What a step record says about an update."""
 
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, UpdateMetrics
 from megatron_dsrl.algorithms.importance import MISMATCH_MAXIMA, MISMATCH_MEANS

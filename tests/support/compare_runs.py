@@ -1,4 +1,4 @@
-"""Whether two runs came to the same, bit for bit."""
+"""Whether two runs are the same, bit for bit."""
 
 import io
 import json

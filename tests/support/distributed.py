@@ -33,7 +33,7 @@ def run_distributed(
         Each process's result in rank order; results must be picklable (tensors: use `.tolist()` or save them).
 
     Raises:
-        AssertionError: with the traceback of the first process that failed, or when the time is over. No process is
+        AssertionError: with the traceback of the first process that failed, or at the time limit. No process is
             left behind in any case.
     """
     port = HeldPort("127.0.0.1", None)

@@ -1,4 +1,4 @@
-"""Trackers in the configuration, and what is said when a package is missing."""
+"""Trackers in the configuration, and the message when a package is missing."""
 
 import pytest
 

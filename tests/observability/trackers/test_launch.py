@@ -1,4 +1,4 @@
-"""Trackers of a training: what they receive, over resumptions too, and that their trouble is not the training's."""
+"""Trackers of a training: what they receive, over resumptions too, and that their failures do not affect the training."""
 
 import json
 import os

@@ -129,7 +129,7 @@ def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder) -> None:
 
     with pytest.raises(UserError, match=f"engine rank 0: {lost} of the engine was not sent"):
         rollout.load_weights(lambda: incomplete, version=2)
-    rollout.load_weights(lambda: buckets_of(folder), version=2)  # the server itself is none the worse for it
+    rollout.load_weights(lambda: buckets_of(folder), version=2)  # the server itself is unharmed
 
 
 def test_a_server_with_digests_of_more_ranks_than_it_has_is_named(rollout, server, folder, monkeypatch) -> None:

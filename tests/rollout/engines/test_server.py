@@ -254,7 +254,7 @@ def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, witho
 
 @pytest.mark.slow
 def test_an_engine_that_loses_its_port_while_it_loads_ends_and_the_other_one_is_not_used(make_server) -> None:
-    """The port is taken by a program that SO_REUSEADDR lets in, and given up again before anybody looks."""
+    """The port is taken by a program that SO_REUSEADDR lets in, and given up again before anyone looks."""
     server = make_server()
     server.start()
     port = int(server.url.rpartition(":")[2])

@@ -37,11 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 order = json.loads(sys.stdin.readline())["arguments"]
 http.server.HTTPServer((order["host"], order["port"]), Handler).serve_forever()
 """
-"""A server that is up at once; the other test of this file has a real one get warm."""
+"""A server that is up at once; the other test of this file warms up a real one."""
 
 
 def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monkeypatch) -> None:
-    """And one that does not get warm in time is stopped; it may be started again."""
+    """One that does not warm up in time is stopped; it may be started again."""
     start, program = subprocess.Popen, [sys.executable, "-c", ANSWERS_AT_ONCE]
     monkeypatch.setattr(
         "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
