@@ -1,4 +1,4 @@
-"""DSRL on the tiny task with Transformer Engine's layers: it learns as with local ones.
+"""DSRL on the tiny task with Transformer Engine's layers: it learns as with local layers.
 
 The real `dsrl train` with a real engine; what Transformer Engine's Python calls is PyTorch
 (tests/support/transformer_engine_on_cpu).

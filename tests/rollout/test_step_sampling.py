@@ -1,4 +1,4 @@
-"""Every way to sample a step, over a scripted engine: which groups are trained on, and what the record says about it."""
+"""Every way to sample a step, over a scripted engine: which groups are trained on, and what is recorded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,7 +16,7 @@ from tests.support.tiny_model import HEAD_DIM, SIZES
 
 @contextmanager
 def judge(folder: Path) -> Iterator[str]:
-    """The URL of a server whose model, named `default`, lies in the folder."""
+    """The URL of a server with the folder's model, named `default`."""
     sizes = SIZES | {"max_position_embeddings": 8192, "head_dim": HEAD_DIM, "tie_word_embeddings": True}
     Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=VOCAB_SIZE)).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_llama_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """As `build_tokenizer`, but with BOS, an end of turn and an end of text instead of ChatML's special tokens."""
+    """Like `build_tokenizer`, but with BOS, an end of turn and an end of text instead of ChatML's special tokens."""
     text = build_tokenizer().backend_tokenizer.to_str()
     for old, new in RENAMED.items():
         text = text.replace(old, new)

@@ -1,4 +1,4 @@
-"""A tracker by dotted path that writes down in a file what it is asked to do, and can fail or hang."""
+"""A tracker by dotted path that records its calls in a file, and can fail or hang."""
 
 import json
 import os

@@ -66,7 +66,7 @@ class RunningTraining:
 
 @contextmanager
 def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator[RunningTraining]:
-    """Start `dsrl train`; it is killed at the end of the block, should it still run.
+    """Start `dsrl train`; it is killed at the end of the block if it still runs.
 
     Args:
         arguments: configuration file and overrides.

@@ -95,7 +95,7 @@ def make_tiny_qwen3_yarn(folder: Path, **options: Any) -> Qwen3ForCausalLM:
 def make_tiny_qwen3_moe(
     folder: Path, *, vocab_size: int = 128, **options: Unpack[WeightOptions]
 ) -> Qwen3MoeForCausalLM:
-    """A Qwen3-MoE: as the dense one, untied, with 4 experts of inner size 48 in every layer, 2 of them per token."""
+    """A Qwen3-MoE: like the dense one, untied, with 4 experts of inner size 48 in every layer, 2 of them per token."""
     config = Qwen3MoeConfig(
         **SIZES,
         vocab_size=vocab_size,

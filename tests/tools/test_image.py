@@ -110,7 +110,7 @@ def test_the_dev_container_is_the_cpu_image_with_what_the_tests_need() -> None:
 APPTAINER_SECTIONS = {
     "help", "setup", "files", "labels", "environment", "pre", "post", "runscript", "test", "startscript", "arguments",
 }  # fmt: skip
-"""All that its parser knows beside those of SCIF apps (pkg/build/types/parser/deffile.go); it refuses any other."""
+"""All that its parser knows except those of SCIF apps (pkg/build/types/parser/deffile.go); it refuses any other."""
 
 
 def apptainer_definition() -> tuple[dict[str, str], dict[str, list[str]]]:

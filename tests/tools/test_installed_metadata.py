@@ -1,4 +1,4 @@
-"""The installed packages' metadata agree with each other, but for what the lock file explains."""
+"""The installed packages' metadata agree, except for what the lock file explains."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""How HF tensors lie in Megatron shards, on tensors small enough to read."""
+"""How HF tensors map to Megatron shards, on tensors small enough to read."""
 
 import torch
 from hypothesis import given

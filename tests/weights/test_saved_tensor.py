@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote into memory that is used again."""
+"""Reading what torch.save wrote into reused memory."""
 
 from pathlib import Path
 

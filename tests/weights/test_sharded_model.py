@@ -1,4 +1,5 @@
-"""The model sharded over two real gloo processes: it is Transformers' model, and its weights come and go unchanged.
+"""The model sharded over two real gloo processes: it is Transformers' model, and its weights go in and come out
+unchanged.
 
 One pair of processes goes through all layouts; each test below looks at a part of what it measured. Gradients are
 compared by putting them in the parameters' place and streaming them out under their HF names.

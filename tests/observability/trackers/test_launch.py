@@ -1,4 +1,4 @@
-"""Trackers of a training: what they receive, over resumptions too, and that their failures do not affect the training."""
+"""Trackers of a training: what they receive, over resumptions too, and that their failures leave the training alone."""
 
 import json
 import os

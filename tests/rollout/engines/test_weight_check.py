@@ -34,7 +34,8 @@ def buckets_of_three(weights: dict[str, torch.Tensor]) -> Iterator[Bucket]:
 def push_and_check(
     rollout: EngineRollout, folder: Path, buckets: Iterator[Bucket], pushed=lambda bucket: bucket
 ) -> str | None:
-    """Push what `pushed` makes of every bucket; what `check_weights` says when it expects the buckets themselves."""
+    """Push what `pushed` returns for every bucket; returns what `check_weights` reports, given the buckets
+    themselves."""
     (engine,) = rollout.engine_addresses
     sent = SentWeights(EngineLayout(read_architecture(folder), rank=0, size=1))
     changed = (pushed(bucket) for bucket in sent.watch(buckets))
