@@ -120,7 +120,8 @@ class LogProbGradients:
         for parameter, first in zip(self._counted, self._copies):
             second = parameter.main_grad
             products = torch.stack([_dot(first, second), _dot(first, first), _dot(second, second)])
-            (dense if _is_dense(parameter) else experts).add_(products)
+            # Megatron marks the parameters of experts, which are reduced over other groups
+            (dense if getattr(parameter, "allreduce", True) else experts).add_(products)
         dist.all_reduce(dense, group=parallel_state.get_model_parallel_group())
         dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
         inner_product, square_of_first, square_of_second = (dense + experts).tolist()
@@ -132,11 +133,6 @@ def scores_of_row(row: PackedRow, logits: FactoredLogits, vocab_size: int, tempe
     rank], at the positions that predict the scored tokens."""
     options = LogProbOptions(VocabularyShard.for_this_rank(len(logits.weight), vocab_size), temperature)
     return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, options)))
-
-
-def _is_dense(parameter: nn.Parameter) -> bool:
-    """Whether the parameter does not belong to an expert. Megatron marks those: they are reduced over other groups."""
-    return getattr(parameter, "allreduce", True)
 
 
 def _is_counted_here(parameter: nn.Parameter) -> bool:

@@ -28,7 +28,7 @@ from megatron_dsrl.weights.direct_write import DirectWriter
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import FORMAT_FILE, leading_index
 from megatron_dsrl.weights.reused_memory import with_own_storage
-from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 FILE_BYTES = 4 * 2**30
 """A new file is started once the current one has reached this size."""
@@ -76,10 +76,6 @@ class CheckpointLayout:
     def split_of_experts(self) -> int:
         """Number of parts that an expert's matrices are split into."""
         return self.expert_tensor_parallel_size or self.tensor_parallel_size
-
-    def num_shards(self, rule: TensorRule) -> int:
-        """Number of tensor-parallel ranks that split a rule's parameter."""
-        return self.split_of_experts if rule.per_expert else self.tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) 
     """Cut an entry's whole parameter into chunks for a layout; yields (offsets in the checkpoint tensor, chunk)."""
     leading = leading_index(entry)
     stacked = (1,) * len(leading)
-    cut = entry.rule.layout.cut(layout.num_shards(entry.rule))
+    cut = entry.rule.layout.cut(layout.split_of_experts if entry.rule.per_expert else layout.tensor_parallel_size)
     dim, pieces = cut or (0, 1)
     length = -(-whole.shape[dim] // pieces)
     for start in range(0, whole.shape[dim], length):

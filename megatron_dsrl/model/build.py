@@ -151,16 +151,11 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
             vp_stage=stage,
         ).to(current_platform().device)
         if isinstance(architecture.rope_scaling, Llama3Scaling):
-            _scale_frequencies(chunk, architecture.rope_scaling)
+            # GPTModel passes only the factor to this function, and leaves the other three at Llama 3.1's values
+            rope = chunk.rotary_pos_emb
+            rope.inv_freq = rope._apply_scaling(rope.inv_freq, **asdict(architecture.rope_scaling))
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
-
-
-def _scale_frequencies(model: GPTModel, scaling: Llama3Scaling) -> None:
-    """Scale the frequencies by Megatron's own function. GPTModel passes it only the factor, and leaves the other three
-    at Llama 3.1's values."""
-    rope = model.rotary_pos_emb
-    rope.inv_freq = rope._apply_scaling(rope.inv_freq, **asdict(scaling))
 
 
 def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:

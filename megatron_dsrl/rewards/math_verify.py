@@ -75,7 +75,7 @@ def gold_answer(answer: str) -> str:
 def is_parsed(answer: str) -> bool:
     """Whether a gold answer can be compared by value, and not only as a string."""
     gold = gold_answer(answer)
-    return any(not isinstance(value, str) for value in _parsed_gold(gold)) or bool(BASED_NUMBER.fullmatch(_bare(gold)))
+    return _has_value(_parsed_gold(gold)) or bool(BASED_NUMBER.fullmatch(_bare(gold)))
 
 
 def readable(text: str) -> str:

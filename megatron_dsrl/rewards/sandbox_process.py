@@ -21,15 +21,8 @@ import time
 from collections.abc import Callable
 
 sys.path.append(os.path.dirname(__file__))
-from sandbox_call import Caller, ProgramError, serve  # noqa: E402  (the script's folder is not on the path under -I)
-from sandbox_kernel import (  # noqa: E402
-    adopt_orphans,
-    die_with_parent,
-    give_up_privileges,
-    limit,
-    restrict_files,
-    restrict_system_calls,
-)
+import sandbox_kernel  # noqa: E402  (the script's folder is not on the path under -I)
+from sandbox_call import Caller, ProgramError, serve  # noqa: E402
 from sandbox_namespaces import enter_namespaces  # noqa: E402
 
 del sys.path[-1]
@@ -49,30 +42,30 @@ def main() -> None:
         program = json.loads(stdin.readline())["program"]
     limit_resources(settings)
     become_user = isolate(settings) if settings["isolated"] else lambda: None
-    adopt_orphans()
-    die_with_parent()
+    sandbox_kernel.adopt_orphans()
+    sandbox_kernel.die_with_parent()
     if os.getppid() != settings["parent"]:
         os._exit(1)
     child = os.fork()
     if child == 0:
         become_user()
-        die_with_parent()
-        give_up_privileges()
+        sandbox_kernel.die_with_parent()
+        sandbox_kernel.give_up_privileges()
         if settings["isolated"]:
-            limit(resource.RLIMIT_NPROC, settings["threads"] + 2)  # and the sandbox's own processes
+            sandbox_kernel.limit(resource.RLIMIT_NPROC, settings["threads"] + 2)  # and the sandbox's own processes
         else:
-            restrict_files(settings["folder"])
+            sandbox_kernel.restrict_files(settings["folder"])
         split(program, settings)
     os._exit(wait(child, settings["deadline"]))
 
 
 def limit_resources(settings: dict) -> None:
     """Set limits that children inherit and that cannot be raised again."""
-    limit(resource.RLIMIT_AS, settings["memory_bytes"])
-    limit(resource.RLIMIT_CPU, settings["cpu_seconds"])
-    limit(resource.RLIMIT_FSIZE, settings["folder_bytes"])
-    limit(resource.RLIMIT_NOFILE, 64)
-    limit(resource.RLIMIT_CORE, 0)
+    sandbox_kernel.limit(resource.RLIMIT_AS, settings["memory_bytes"])
+    sandbox_kernel.limit(resource.RLIMIT_CPU, settings["cpu_seconds"])
+    sandbox_kernel.limit(resource.RLIMIT_FSIZE, settings["folder_bytes"])
+    sandbox_kernel.limit(resource.RLIMIT_NOFILE, 64)
+    sandbox_kernel.limit(resource.RLIMIT_CORE, 0)
 
 
 def isolate(settings: dict) -> Callable[[], None]:
@@ -103,7 +96,7 @@ def split(program: str, settings: dict) -> None:
     answers, answers_write = os.pipe()
     child = os.fork()
     if child == 0:
-        die_with_parent()
+        sandbox_kernel.die_with_parent()
         os.setsid()  # signals to its process group reach nothing else
         for descriptor in (settings["result"], requests, answers):
             os.close(descriptor)
@@ -117,7 +110,7 @@ def split(program: str, settings: dict) -> None:
 def run(program: str, settings: dict, requests: int, answers: int) -> None:
     """Run the program, answer calls of its function, and exit."""
     os.chdir(settings["folder"])
-    restrict_system_calls(base64.b64decode(settings["filter"]))
+    sandbox_kernel.restrict_system_calls(base64.b64decode(settings["filter"]))
     leave = os._exit
 
     def load() -> Callable[..., object] | None:
