@@ -91,9 +91,7 @@ def importance_ratio(tokens: ScoredTokens, level: Level) -> Tensor:
     """pi_trainer / pi_engine before the update, [num_tokens]: per token, or of each token's whole sequence."""
     assert tokens.engine_log_probs is not None, "without an engine there is nothing to compare with"
     log_ratio = tokens.old_log_probs.detach() - tokens.engine_log_probs
-    if level == "sequence":
-        log_ratio = tokens.over_sequences(log_ratio, divide_by_length=False)
-    return probability_ratio(log_ratio)
+    return probability_ratio(tokens.sum_of_sequences(log_ratio) if level == "sequence" else log_ratio)
 
 
 def mismatch_metrics(
