@@ -1,9 +1,9 @@
 """Finds the weights named by the MODEL of `dsrl eval` and the SOURCE of `dsrl convert megatron-to-hf`.
 
 A name may be an HF folder, a hub name or a Megatron checkpoint of `dsrl convert`. A run folder (`runs/X`) means its
-newest policy, exported or in a checkpoint; `runs/X/hf/step_000050`, `runs/X/checkpoints/step_000050` and the latter's
-`megatron` folder mean the policy after that step. A run's checkpoints have neither config.json nor tokenizer:
-both come from the model that the run trained.
+newest policy, exported or in a checkpoint; `runs/X/hf/step_000050`, `runs/X/checkpoints/step_000050` and
+`runs/X/checkpoints/step_000050/megatron` mean the policy after that step. A run's checkpoints have neither config.json
+nor tokenizer: both come from the model that the run trained.
 """
 
 from dataclasses import asdict, dataclass

@@ -85,7 +85,7 @@ class ServedReference:
         for position, (sent, (_, scored)) in enumerate(pairs):
             if sent != scored:  # SGLang scores token 0 in place of the last row of its vocabulary
                 raise UserError(
-                    f"reference.url: {self._url} scored token {scored} in place of token {sent} at position "
+                    f"reference.url: {self._url} scored token {scored} instead of token {sent} at position "
                     f"{position}; is its vocabulary the policy's?"
                 )
         chosen = [entries[position][0] for position in sequence.scored_positions.tolist()]

@@ -101,5 +101,5 @@ def test_failures(failing: str) -> None:
             ask()
     with pytest.raises(UserError, match="did not answer with a log-prob per token, but with {'meta_info': {}}"):
         reference("scores nothing").log_probs(experience)
-    with pytest.raises(UserError, match="scored token 2 in place of token 1 at position 0"):
+    with pytest.raises(UserError, match="scored token 2 instead of token 1 at position 0"):
         reference("other tokens").log_probs(experience)

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 120
 
 
 def evaluate(page: Path, script: str, folder: Path, width: int = 1200, dark: bool = False) -> Any:
-    """What the body of an async function returns in a page, as JSON, with everything that went wrong under `errors`.
+    """Run the body of an async function in a page; its result as JSON, with everything that went wrong under `errors`.
 
     Args:
         page: HTML file. A copy with the script at its end is shown in a frame.

@@ -33,8 +33,8 @@ def run_distributed(
         Each process's result in rank order; results must be picklable (tensors: use `.tolist()` or save them).
 
     Raises:
-        AssertionError: with the traceback of the first process that failed, or at the time limit. No process is
-            left behind in any case.
+        AssertionError: with the traceback of the first process that failed, or at the time limit. No process is ever
+            left behind.
     """
     port = HeldPort("127.0.0.1", None)
     processes: list[ForkedProcess] = []

@@ -70,7 +70,7 @@ def commands(document: Path) -> tuple[Command, ...]:
 
 
 def _is_command(code: str) -> bool:
-    """`dsrl plan` and `python -m module` are names, and so is what leaves something open."""
+    """`dsrl plan` and `python -m module` are names, and so is a command with placeholders."""
     program, *arguments = re.sub(r"^([A-Z_]+=\S* )+", "", code).split()[:4] or [""]
     name_only = len(arguments) < {"dsrl": 2, "python": 3 if "-m" in arguments else 1}.get(program, 1)
     return program in PROGRAMS and not name_only and not re.search(r"\.\.\.|KIND", code)

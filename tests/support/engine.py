@@ -144,7 +144,7 @@ def server_process(engine: EngineAddress) -> int:
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:
-    """Living processes of a process group."""
+    """Processes of a process group that are still alive."""
     found = []
     for process in psutil.process_iter(["status"]):
         try:

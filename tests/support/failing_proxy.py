@@ -15,7 +15,7 @@ LIMIT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One that has reached the proxy."""
+    """A request that reached the proxy."""
 
     at: float
     """On the monotonic clock."""
@@ -23,7 +23,7 @@ class GenerateCall:
 
 
 class FailingProxy:
-    """Fails the first calls of `/generate`, one after the other; it is well otherwise. A context manager."""
+    """Fails the first calls of `/generate`, one after the other, and passes other requests on. A context manager."""
 
     def __init__(self, engine_url: str, *failures: Failure) -> None:
         self.calls: list[GenerateCall] = []

@@ -1,4 +1,4 @@
-"""The program of the process that `tests.support.forked` has its processes forked from.
+"""The program of the process from which `tests.support.forked` forks.
 
 It imports Megatron once, runs no test code itself and has one thread only: every fork begins as a new interpreter does
 after the same imports.
@@ -58,7 +58,7 @@ def main(stream: socket.socket, parent: int, prepare: str | None = None) -> None
 
 
 def _status_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
-    """Call it; returns the exit status that an interpreter would end with."""
+    """Call it; returns the exit status that an interpreter would have."""
     try:
         function(*arguments)
     except SystemExit as stop:

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class ForkedProcess:
-    """What `subprocess.Popen` offers, for a process that the server has forked."""
+    """The interface of `subprocess.Popen` for a process that the server has forked."""
 
     def __init__(self, pid: int, status: Connection, name: str) -> None:
         self.pid = pid
@@ -95,7 +95,7 @@ def fork(
 
 
 def forked_processes() -> list[psutil.Process]:
-    """Processes that still run of those that `fork` has started, and of those that these have started."""
+    """Processes started by `fork`, and their descendants, that are still running."""
     found = [child for server in _servers for child in psutil.Process(server.process.pid).children(recursive=True)]
     return [process for process in found if _runs(process)]
 

@@ -1,4 +1,4 @@
-"""HTTP servers of tests, on loopback."""
+"""HTTP servers for tests, on loopback."""
 
 import threading
 from collections.abc import Iterator

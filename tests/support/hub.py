@@ -1,4 +1,4 @@
-"""A stand-in of the hub that takes uploads, as its clients make them: repositories, files, commits."""
+"""A stand-in for the hub that accepts its clients' uploads: repositories, files, commits."""
 
 import base64
 import json

@@ -13,11 +13,11 @@ from tests.support.tiny_run import REPOSITORY
 
 
 def complaints(linter: str, *arguments: str, text: str | None = None) -> str:
-    """What `hadolint`, `shellcheck` or `ruff` of this environment says in the repository; empty if nothing.
+    """What `hadolint`, `shellcheck` or `ruff` of this environment reports in the repository; empty if nothing.
 
     Args:
-        linter: its name; it lies beside the Python that runs the tests. Where it has no wheel (shellcheck on aarch64),
-            the one on PATH is taken, and without one the test is skipped.
+        linter: its name; it is installed beside the Python that runs the tests. If it has no wheel (shellcheck on
+            aarch64), the one on PATH is used; without one, the test is skipped.
         arguments: options and files.
         text: standard input, read for the argument `-`.
     """

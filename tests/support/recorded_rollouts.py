@@ -1,4 +1,4 @@
-"""Rollouts as a run would have recorded them, of random tokens: a run can train on them without an engine."""
+"""Rollouts of random tokens, as a run would have recorded them: a run can train on them without an engine."""
 
 import math
 import random

@@ -56,6 +56,6 @@ class Recording(TrackerRun):
 
 
 def calls(file: Path, *names: str) -> list[dict[str, Any]]:
-    """What was asked so far; only these calls where some are named."""
+    """The calls so far; only those with these names, if any are given."""
     lines = file.read_text().splitlines() if file.exists() else []
     return [call for call in map(json.loads, lines) if not names or call["call"] in names]

@@ -56,7 +56,7 @@ def even_length(response: str, answer: str) -> float:
 
 
 class Unpicklable(Exception):
-    """As `httpx.HTTPStatusError`: it can be pickled, and not be made again from that."""
+    """Like `httpx.HTTPStatusError`: it can be pickled, but not unpickled."""
 
     def __init__(self, message: str, *, response: int) -> None:
         super().__init__(message)
@@ -107,7 +107,7 @@ _loops: set[int] = set()
 
 
 async def remote(response: str, answer: str, share: Fraction | float = 1.0) -> float:
-    """Fails if a call has another event loop than the one before, as a client with open connections would."""
+    """Fails if a call has a different event loop than the previous one, as a client with open connections would."""
     _loops.add(id(asyncio.get_running_loop()))
     await asyncio.sleep(0)
     if response == "raise" or len(_loops) > 1:

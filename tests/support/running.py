@@ -17,7 +17,7 @@ LIMIT_SECONDS = 400.0
 
 
 class RunningTraining:
-    """The process, and what one can see of it from outside: its run folder and its children."""
+    """The process, and what can be seen of it from outside: its run folder and its children."""
 
     def __init__(self, process: subprocess.Popen[str] | ForkedProcess, run: Path, output: Path) -> None:
         self.process = process
@@ -25,7 +25,7 @@ class RunningTraining:
         self._output = output
 
     def wait_until(self, what: Callable[[], bool]) -> None:
-        """Watch closely until something is the case, or the training has ended."""
+        """Poll at short intervals until a condition holds or the training has ended."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while not what() and self.process.poll() is None:
             assert time.monotonic() < deadline, self.output
@@ -45,7 +45,7 @@ class RunningTraining:
         return sorted((p for p in children if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
 
     def engine_processes(self) -> list[psutil.Process]:
-        """The SGLang servers and all that they started."""
+        """The SGLang servers and all processes that they started."""
         try:
             children = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -53,7 +53,7 @@ class RunningTraining:
         return [p for child in children if _is_engine(child) for p in (child, *child.children(recursive=True))]
 
     def ended(self) -> int:
-        """Wait for the end; the exit status. Nothing that it started may be left."""
+        """Wait for the end; returns the exit status. No process that it started may be left."""
         status = self.process.wait(LIMIT_SECONDS)
         left = processes_left_behind()
         assert left == [], left

@@ -14,7 +14,7 @@ RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
 
 
 def settings(wanted: int, **section: object) -> RunConfig:
-    """Two samples for each of `wanted` prompts; `section` are other fields of the rollout section."""
+    """Two samples for each of `wanted` prompts; `section` has other fields of the rollout section."""
     config = tiny_run_config(Path("model"))
     rollout = RolloutConfig(prompts_per_step=wanted, samples_per_prompt=2, **section)
     return config.model_copy(update={"rollout": rollout})

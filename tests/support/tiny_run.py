@@ -125,14 +125,14 @@ def start_dsrl(
 
 
 def run_program(module: str, *arguments: str) -> None:
-    """In this process, what `python -m module arguments` does."""
+    """Run `python -m module arguments` in this process."""
     sys.argv = [module, *arguments]
     sys.orig_argv = [sys.executable, "-m", module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_under_torchrun(processes: int, *program: str) -> None:
-    """In this process, what `torchrun --standalone --nproc-per-node processes -m program` does; its ranks are forks."""
+    """Run `torchrun --standalone --nproc-per-node processes -m program` in this process; its ranks are forks."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(

@@ -15,7 +15,8 @@ FOLDER = REPOSITORY / ".cache" / "trackers"
 
 
 def tracker_python() -> Path:
-    """Its Python. Made where it is missing or the lock has changed, which needs pip's index and a minute or two.
+    """The environment's Python. It is built if it is missing or the lock has changed, which needs pip's index and a
+    minute or two.
 
     It sees the packages of this environment as well; its own come first.
     """

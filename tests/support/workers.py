@@ -9,7 +9,7 @@ from xdist.scheduler import LoadFileScheduling
 from tests.support.forked import REPOSITORY
 
 ONE_ENGINE = "tests/rollout"
-"""Tests of this folder share one engine, which is started once where one worker has them all."""
+"""Tests of this folder share one engine, which is started once if one worker runs them all."""
 
 LONGEST_FIRST = (
     ONE_ENGINE,
@@ -24,7 +24,7 @@ LONGEST_FIRST = (
     "tests/run",
     "tests/configs",
 )
-"""What takes half a minute and more, so that no worker begins with it when the others have ended."""
+"""Tests that take half a minute or more, so that no worker begins one when the others have finished."""
 
 
 class SpreadFiles(LoadFileScheduling):

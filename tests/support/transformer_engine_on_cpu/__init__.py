@@ -97,7 +97,7 @@ class _AsOnCuda(TorchFunctionMode):
     """Answers Transformer Engine's questions about tensors so that it accepts float32 tensors on CPU.
 
     `is_cuda` is True; the dtype is bfloat16 where the fused attention checks it. (The comparisons with local layers are
-    in float32, since they are sharper. With bfloat16 the latter changes nothing.)
+    in float32, since they are sharper. With bfloat16 the dtype is already the right one.)
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

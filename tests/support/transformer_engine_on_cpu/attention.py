@@ -92,7 +92,7 @@ def fused_attn_bwd(
 ) -> list[Tensor | None]:
     """Gradients of queries, keys and values (and none of a bias and of a softmax offset).
 
-    By the given output and statistics, which in ring attention are those of all keys, not of these alone.
+    Uses the given output and statistics, which in ring attention are those of all keys, not of these alone.
     """
     grads = [torch.zeros_like(each) for each in (q, k, v)]
     places = _sequences(cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded)
@@ -110,7 +110,7 @@ def fused_attn_bwd(
 
 
 def _check_lengths(cu_seqlens: Tensor, limit: int) -> None:
-    """A sequence longer than the kernel was told would be cut off."""
+    """The kernel would cut off a sequence longer than its stated maximum."""
     assert int(cu_seqlens.diff().max()) <= limit
 
 

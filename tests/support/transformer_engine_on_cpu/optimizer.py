@@ -36,13 +36,13 @@ def multi_tensor_adam(
 def multi_tensor_l2norm(
     chunk_size: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Norm of all tensors together, [1], and if asked for of each."""
+    """Norm of all tensors together, [1], and on request of each."""
     norms = torch.stack([tensor.float().norm() for tensor in lists[0]])
     return norms.norm()[None], norms if per_tensor else torch.empty(0)
 
 
 def multi_tensor_scale(chunk_size: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], scale: float) -> None:
-    """Write each tensor of the first list, times `scale`, into that of the second."""
+    """Write each tensor of the first list, times `scale`, into its counterpart in the second."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source.float() * scale)
 
