@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if (advice := remedy(error)) is None:
             raise
-        _print_error(f"{error.filename}: {error.strerror}; {advice}")
+        _print_error(f"{error.filename or 'a file'}: {error.strerror}; {advice}")
         return USER_ERROR_STATUS
 
 

@@ -19,7 +19,7 @@ from megatron_dsrl.analysis.behaviours import SYSTEM_PROMPT, USER_PROMPT, parse_
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import in_background
-from megatron_dsrl.observability.records import Record, record_line, repair_records
+from megatron_dsrl.observability.records import Record, append_record, repair_records
 from megatron_dsrl.rewards.http_request import Attempts, ask_chat_model
 
 KEPT_CHARACTERS = 500
@@ -86,11 +86,10 @@ def judge_responses(
     settings = {"model": endpoint.model, "question": _digest(SYSTEM_PROMPT + USER_PROMPT)}
     records = repair_records(file)
     done = _verdicts(records, settings, responses, file)
-    with file.open("a", encoding="utf-8") as stream:
+    with file.open("ab", buffering=0) as stream:
 
         def write(record: Record) -> None:
-            stream.write(record_line(record))
-            stream.flush()
+            append_record(stream, record, "No finished answer is lost")
             os.fsync(stream.fileno())
 
         def keep(key: Key, answer: str) -> None:

@@ -15,6 +15,9 @@ _TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream err
 """Parts of the message of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
 NOTHING_PUBLISHED = "Nothing was published, and what was there before is untouched"
 
+FULL_BYTES = 2**16
+"""A disk with less than this counts as full."""
+
 _REMEDIES = {
     "fix the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
     "free space, then run the command again": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -24,7 +27,7 @@ _REMEDIES = {
 
 def remedy(error: OSError) -> str | None:
     """What a user can do about a file that cannot be used; None if the cause may be a bug."""
-    if error.filename is None:
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # never bugs, as failed writes
         return None
     return next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), None)
 
@@ -42,6 +45,14 @@ def free_space(folder: Path) -> str:
         return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
     except OSError:
         return ""
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the folder's disk has no room for another line; False if that cannot be determined."""
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 @contextmanager

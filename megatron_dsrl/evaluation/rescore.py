@@ -4,6 +4,7 @@ Nothing is sampled, so the same samples can be scored like the paper's (`hendryc
 consider more correct (`math_verify`), side by side in one table.
 """
 
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -33,16 +34,20 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; choose another folder with --output")
     summaries = {}
-    with RewardPool(reward) as pool:
-        for name, before in results.benchmarks.items():
-            source = evaluation / "samples" / f"{name}.jsonl"
-            problems = list(judged_again(read_sample_file(source), pool))
-            with SampleFile(target / "samples" / f"{name}.jsonl", _settings(source, reward)) as samples:
-                for problem in problems:
-                    samples.add(problem)
-            sampled = {field: before[field] for field in ("title", *SAMPLING_FIELDS) if field in before}
-            summaries[name] = {**sampled, **summarise_benchmark(problems, answer_of(reward.function))}
-    write_results(target, results.model, summaries, results.step)
+    try:
+        with RewardPool(reward) as pool:
+            for name, before in results.benchmarks.items():
+                source = evaluation / "samples" / f"{name}.jsonl"
+                problems = list(judged_again(read_sample_file(source), pool))
+                with SampleFile(target / "samples" / f"{name}.jsonl", _settings(source, reward)) as samples:
+                    for problem in problems:
+                        samples.add(problem)
+                sampled = {field: before[field] for field in ("title", *SAMPLING_FIELDS) if field in before}
+                summaries[name] = {**sampled, **summarise_benchmark(problems, answer_of(reward.function))}
+        write_results(target, results.model, summaries, results.step)
+    except BaseException:  # the same command starts over
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     return summaries
 
 

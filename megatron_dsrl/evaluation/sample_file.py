@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.records import read_records, record_line, repair_records
+from megatron_dsrl.observability.records import append_record, read_records, repair_records
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 SYNC_SECONDS = 1.0
+WHAT_IS_SAFE = "No finished sample is lost"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class SampleFile:
         if records:
             _check_settings(before, plain, path)
         self._parts = _parts(records, path)
-        self._stream = path.open("a" if records else "w", encoding="utf-8")
+        self._path = path
+        self._stream = path.open("ab" if records else "wb", buffering=0)
         self._synced = 0.0
         if not records:  # a file with settings only is written again
             self._write(plain)
@@ -151,13 +154,13 @@ class SampleFile:
         self.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._stream.write(record_line(dict(record)))
-        self._stream.flush()
+        append_record(self._stream, dict(record), WHAT_IS_SAFE)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
     def _sync(self) -> None:
-        os.fsync(self._stream.fileno())
+        with writing(self._path, WHAT_IS_SAFE):
+            os.fsync(self._stream.fileno())
         self._synced = time.monotonic()
 
 

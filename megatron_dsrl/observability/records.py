@@ -9,10 +9,11 @@ import json
 import logging
 import math
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.common.disk import replace_text
+from megatron_dsrl.common.disk import replace_text, writing
 from megatron_dsrl.common.errors import UserError
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -99,6 +100,17 @@ def replace_records(path: Path, records: list[Record]) -> None:
 def record_line(record: Record) -> str:
     """One line of the file, line end included."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_record(stream: FileIO, record: Record, what_is_safe: str) -> None:
+    """Append one record to an open file. Raises UserError, with the file's name, if the disk refuses it.
+
+    The stream is unbuffered, because a failed write would leave data in the buffer for `close`.
+    """
+    line = record_line(record).encode()
+    with writing(Path(stream.name), what_is_safe):
+        while line:
+            line = line[stream.write(line) :]
 
 
 def _parse_records(path: Path) -> tuple[list[Record], int]:

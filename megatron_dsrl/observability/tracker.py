@@ -131,10 +131,7 @@ class _RecordFile:
 
     def append(self, record: Record) -> None:
         """Write one record. Raises UserError, with the file's name, if the disk refuses it."""
-        line = records.record_line(record).encode()
-        with writing(self._path, WHAT_IS_SAFE):
-            while line:
-                line = line[self._file.write(line) :]
+        records.append_record(self._file, record, WHAT_IS_SAFE)
         self.last_step = max(record["step"], self.last_step)
 
     def read(self) -> list[Record]:
@@ -154,7 +151,6 @@ class _RecordFile:
         self._file.close()
 
     def _open(self) -> FileIO:
-        """Unbuffered, because a failed write would leave data in the buffer for `close`."""
         return self._path.open("ab", buffering=0)
 
 

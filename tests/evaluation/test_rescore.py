@@ -18,6 +18,7 @@ from megatron_dsrl.evaluation.sample_file import (
     read_settings,
 )
 from megatron_dsrl.rewards.boxed import boxed_answer
+from tests.support.disk import files_of_at_most
 
 TEXTS = [r"\boxed{1,234}", r"\boxed{1234}"]
 """Equal numbers in two spellings; only `math_verify` takes the second for the answer."""
@@ -45,6 +46,13 @@ def test_other_verdicts_on_the_same_samples(evaluation, tmp_path) -> None:
     (problem,) = read_sample_file(theirs / "samples" / "sums.jsonl")
     assert [(sample.text, sample.reward) for sample in problem.samples] == list(zip(TEXTS, [0.0, 1.0]))
     assert read_settings(theirs / "samples" / "sums.jsonl")["benchmark"]["reward"]["function"] == "hendrycks"
+
+
+def test_after_a_full_disk_the_same_command_starts_over(evaluation, tmp_path) -> None:
+    theirs = tmp_path / "theirs"
+    with files_of_at_most(300), pytest.raises(UserError, match=r"sums.jsonl could not be written .*free space"):
+        rescore(evaluation, theirs, RewardConfig(function="hendrycks", workers=1))
+    assert rescore(evaluation, theirs, RewardConfig(function="hendrycks", workers=1))["sums"]["accuracy"] == 0.5
 
 
 def test_a_verifier_that_does_not_exist_is_named_by_its_option(evaluation, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile, SampleResult, read_sample_file
+from tests.support.disk import files_of_at_most
 
 SETTINGS = {"model": "abc", "benchmark": {"temperature": 1.0}}
 
@@ -56,6 +57,19 @@ def test_a_half_written_sample_is_drawn_again(tmp_path) -> None:
         file.add(problem(1))
     with SampleFile(path, SETTINGS) as file:
         assert list(file.problems) == [0, 1]
+
+
+def test_a_full_disk_is_one_message_and_leaves_what_was_there(tmp_path) -> None:
+    path = tmp_path / "sums.jsonl"
+    with SampleFile(path, SETTINGS) as file:
+        file.add(problem(0))
+    message = rf"{path} could not be written .* No finished sample is lost; free space"
+    with files_of_at_most(path.stat().st_size + 20), pytest.raises(UserError, match=message) as raised:
+        with SampleFile(path, SETTINGS) as file:
+            file.add(problem(1))
+    assert isinstance(raised.value.__cause__, OSError) and raised.value.__context__ is raised.value.__cause__
+    with SampleFile(path, SETTINGS) as file:
+        assert list(file.problems) == [0]
 
 
 def test_other_settings_are_refused_and_named(tmp_path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.disk import is_full
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
@@ -116,7 +117,7 @@ class EngineServer:
         """Block until this server, and not another one on its port, answers.
 
         Raises:
-            UserError: it exited by itself; the message has the last lines of its log.
+            UserError: it exited by itself, and the message has the last lines of its log; or the log's disk is full.
             EngineStartError: it was killed by a signal or by a failure of its GPU, another process has its port, it did
                 not answer within the limit, or it failed its warm-up. It was stopped.
         """
@@ -157,6 +158,11 @@ class EngineServer:
             self._lose_port()
         self._end()
         number = -status if status < 0 else status - 128
+        if is_full(self.log_file.parent):
+            raise UserError(
+                f"{self.log_file}: the disk is full, and an SGLang server ends when it cannot write its log; free "
+                "space, then run the command again"
+            )
         if number in set(signal.Signals):
             raise EngineStartError(
                 f"the SGLang server at {self.url} was killed by {_signal(number)}.\n{self.log_tail()}"

@@ -79,7 +79,7 @@ class StartingServer:
 
     def save_output(self, log_file: Path) -> None:
         """Append what the process wrote before it served, such as a failed import, to the log."""
-        with suppress(FileNotFoundError):  # many machines remove old files from the temporary folder
+        with suppress(OSError):  # a full disk; and many machines remove old files from the temporary folder
             output = self._output.read_bytes()
             if output:
                 with open(log_file, "ab") as log:

@@ -16,6 +16,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.scratch_folder import NEW_SECONDS
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.starting_server import StartingServer, end_processes, starting_server
+from tests.support.disk import fill_disk, small_disk
 from tests.support.engine import processes_of_group, tiny_run_config
 from tests.support.waiting import wait_until
 
@@ -55,6 +56,18 @@ def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
         server.wait_until_ready()
     assert "/nowhere" in log.read_text()
     server.stop()
+
+
+def test_a_server_that_ends_because_the_disk_is_full_is_not_restarted(tmp_path) -> None:
+    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    with small_disk(tmp_path / "disk"):
+        log = tmp_path / "disk" / "engine_0.log"
+        server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
+        server.start()
+        fill_disk(log.parent)
+        with pytest.raises(UserError, match=f"^{log}: the disk is full"):
+            server.wait_until_ready()
+        server.stop()
 
 
 def test_a_temporary_folder_that_is_gone_does_not_matter_at_the_end(tmp_path) -> None:
