@@ -38,7 +38,7 @@ def train(config: RunConfig, starting: StartingServer | None = None) -> None:
     """
     with ExitStack() as resources:
         run = start_run(config, resources, starting)
-        start(run)
+        prepare_first_step(run)
         for step in run.steps:
             run.checkpoints.poll()  # publishes one that all ranks have written in the background
             stop_if_requested(run, step - 1)
@@ -48,7 +48,7 @@ def train(config: RunConfig, starting: StartingServer | None = None) -> None:
         finish(run)
 
 
-def start(run: TrainingRun) -> None:
+def prepare_first_step(run: TrainingRun) -> None:
     """Give the engines the policy, and make up for the export and evaluation that an interrupted run missed."""
     finished = run.steps.start - 1
     run.device.push_weights(version=run.steps.start)

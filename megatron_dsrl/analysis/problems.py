@@ -1,23 +1,20 @@
 """The problems that a run solves, step by step, from its recorded rollouts. Problems are identified by row number.
 
-At a visit a problem is *solved* if all its responses are right (reward at least 1), *unsolved* if all are wrong (reward
-at most 0), else *mixed*, as in `rollout_metrics`. The n-th visit of a problem is its epoch n, which is also the
-sampler's epoch unless groups were dropped (dynamic sampling). A problem is *newly solved* at its first visit with a
-right response, *gained* if it has a right response and had none at the previous visit, and *lost* in the opposite case.
+At a visit a problem is solved, unsolved or mixed as `SampleGroup.outcome` says. The n-th visit of a problem is its
+epoch n, which is also the sampler's epoch unless groups were dropped (dynamic sampling). A problem is *newly solved* at
+its first visit with a right response, *gained* if it has a right response and had none at the previous visit, and
+*lost* in the opposite case.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan
-from megatron_dsrl.rollout.sample import SampleGroup
-
-Outcome = Literal["solved", "mixed", "unsolved"]
+from megatron_dsrl.rollout.sample import Outcome, SampleGroup
 
 PROBLEMS = ValueAxis("problems")
 
@@ -55,7 +52,7 @@ def visits(steps: Iterable[tuple[int, Sequence[SampleGroup]]]) -> list[Visit]:
                 step=step,
                 epoch=before.epoch + 1 if before else 1,
                 problem=problem,
-                outcome=outcome_of(group),
+                outcome=group.outcome,
                 has_right=has,
                 newly_solved=has and problem not in ever,
                 gained=before is not None and has and not had,
@@ -65,12 +62,6 @@ def visits(steps: Iterable[tuple[int, Sequence[SampleGroup]]]) -> list[Visit]:
             last[problem] = visit
             ever |= {problem} if has else set()
     return seen
-
-
-def outcome_of(group: SampleGroup) -> Outcome:
-    """Solved or unsolved if all rewards of the group say so, otherwise mixed."""
-    rewards = [sample.reward for sample in group.samples]
-    return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
 
 
 def by_step(all_visits: Sequence[Visit]) -> list[Record]:

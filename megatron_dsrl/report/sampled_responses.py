@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_dsrl.analysis.problems import Outcome, outcome_of
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from megatron_dsrl.rollout.sample import Sample, SampleGroup
+from megatron_dsrl.rollout.sample import Outcome, Sample, SampleGroup
 
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
@@ -38,7 +37,7 @@ def shown_steps(run_folder: Path, steps: Sequence[int]) -> dict[int, list[ShownG
 
 def choose_groups(groups: Sequence[SampleGroup], count: int) -> list[ShownGroup]:
     """The first mixed, the first unsolved and the first solved group, then others in order, `count` in all."""
-    kinds = [outcome_of(group) for group in groups]
+    kinds = [group.outcome for group in groups]
     first_of_kind = [kinds.index(kind) for kind in ("mixed", "unsolved", "solved") if kind in kinds]
     chosen = [*first_of_kind, *(place for place in range(len(groups)) if place not in first_of_kind)]
     return [_shown(groups[place], kinds[place]) for place in chosen[:count]]

@@ -1,4 +1,4 @@
-"""Rollouts on disk: one JSON line per group, those of the step's batch first; and the pass rates that they show.
+"""Rollouts on disk: one JSON line per group, those of the step's batch first.
 
 Groups that were sampled but not trained on (dynamic sampling) have `in_batch` false. Reading returns exactly what was
 written.
@@ -7,10 +7,8 @@ Encoding holds Python's interpreter lock, so doing it in a thread slows concurre
 of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py compares them.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,8 @@ import orjson
 
 from megatron_dsrl.common.disk import replacing
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
-
-PassRates = Mapping[tuple[int, ...], float]
-"""By the token ids of the prompt, so that rows may move and the set may grow."""
 
 
 def rollout_file(run_folder: Path, step: int) -> Path:
@@ -133,37 +127,3 @@ def _sample(record: dict[str, Any]) -> Sample:
     pairs = {name: tuple(map(tuple, record[name])) for name in ("older_versions", "turn_rewards")}
     scored = record["scored"] and tuple(record["scored"])
     return Sample(**record | pairs | {"scored": scored})
-
-
-def read_pass_rates(run_folder: Path, section: str) -> PassRates:
-    """Share of responses with full reward for each prompt of a run's recorded rollouts, over all its steps. Filters and
-    curricula use it. Raises UserError if nothing is recorded there, or a file is damaged; the message begins with
-    `section`."""
-    files = by_step(rollout_file(run_folder, 1).parent, ".jsonl").values()
-    rewards: defaultdict[tuple[int, ...], list[bool]] = defaultdict(list)
-    for file in files:
-        for group in read_groups(file):
-            rewards[group.prompt.token_ids] += [sample.reward >= 1 for sample in group.samples]
-    if not rewards:
-        raise UserError(
-            f"{section}: {run_folder} has no recorded rollouts; record some with `dsrl rollout CONFIG`, or name the "
-            "folder of a training run"
-        )
-    return {prompt: sum(right) / len(right) for prompt, right in rewards.items()}
-
-
-def with_pass_rates(prompts: Sequence[Prompt], rates: PassRates) -> list[Prompt]:
-    """The prompts with their pass rates; None for those that were not sampled."""
-    return [replace(prompt, pass_rate=rates.get(prompt.token_ids)) for prompt in prompts]
-
-
-def within_pass_rates(prompts: Sequence[Prompt], lowest: float, highest: float, section: str) -> list[Prompt]:
-    """The prompts whose pass rate is known and between the two, inclusive. Raises UserError if none is left."""
-    left = [prompt for prompt in prompts if prompt.pass_rate is not None and lowest <= prompt.pass_rate <= highest]
-    if not left:
-        known = sum(prompt.pass_rate is not None for prompt in prompts)
-        raise UserError(
-            f"{section}: no prompt has a pass rate from {lowest:g} to {highest:g}, and only {known} of {len(prompts)} "
-            "have a known one. Widen the range, or record more rollouts"
-        )
-    return left

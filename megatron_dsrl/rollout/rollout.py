@@ -131,7 +131,7 @@ class StepSampling(ABC):
 
     def _accepts(self, group: SampleGroup) -> bool:
         """Whether a step may train on the group."""
-        return group.is_mixed or not self._config.rollout.dynamic_sampling
+        return group.rewards_differ or not self._config.rollout.dynamic_sampling
 
     def close(self) -> None:  # noqa: B027
         """End what runs in the background; most modes have nothing to end."""
@@ -144,7 +144,7 @@ def dynamic_sampling_metrics(
     other completed ones, and the number that the step should train on."""
     return {
         "dynamic_sampling/sampled_groups": len(kept) + len(others),
-        "dynamic_sampling/surplus_groups": sum(group.is_mixed for group in others),
+        "dynamic_sampling/surplus_groups": sum(group.rewards_differ for group in others),
         "dynamic_sampling/missing_groups": wanted - len(kept),
     }
 

@@ -15,6 +15,8 @@ from megatron_dsrl.rewards.score import Verdict
 TurnRewards = tuple[tuple[int, float], ...]
 """(number of response tokens until then, reward) of each reward that `rollout.generate` recorded, in order."""
 
+Outcome = Literal["solved", "unsolved", "mixed"]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -81,8 +83,15 @@ class SampleGroup:
         return min(sample.oldest_version for sample in self.samples)
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether its samples have different rewards."""
+    def outcome(self) -> Outcome:
+        """Solved if all samples are right (reward at least 1), unsolved if all are wrong (at most 0), otherwise mixed,
+        as half-right ones are."""
+        rewards = [sample.reward for sample in self.samples]
+        return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
+
+    @property
+    def rewards_differ(self) -> bool:
+        """Whether its samples have different rewards, which dynamic sampling asks for."""
         return len({sample.reward for sample in self.samples}) > 1
 
 

@@ -54,7 +54,7 @@ class MixedRounds(StepSampling):
         for number in range(dynamic.max_rounds):
             prompts = draw(math.ceil((wanted - len(groups)) * dynamic.oversampling))
             for group in sample_round(self._config, self._engines, step, number, prompts, watch):
-                (groups if group.is_mixed and len(groups) < wanted else others).append(group)
+                (groups if group.rewards_differ and len(groups) < wanted else others).append(group)
             if len(groups) == wanted:
                 break
         metrics = {"dynamic_sampling/rounds": number + 1} | dynamic_sampling_metrics(groups, others, wanted)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.common.checksum import fingerprint
-from megatron_dsrl.config.data import PromptSetConfig, TrainingSetConfig
+from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.demonstrations import load_demonstrations
 from megatron_dsrl.data.mixture import in_mixture
@@ -17,7 +17,7 @@ from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.rollout.recording import read_pass_rates, with_pass_rates, within_pass_rates
+from megatron_dsrl.rollout.pass_rates import with_pass_rates
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
         return load_demonstrations(prompt_set, tokenizer, limit, section)
 
     training_sets = [
-        (one.name, within_configured_pass_rates(load(one, section), one, section))
+        (one.name, with_pass_rates(load(one, section), one, section))
         for section, one in config.data.sets_by_section.items()
     ]
     model = asdict(architecture)
@@ -80,16 +80,3 @@ def load_inputs(config: RunConfig) -> RunInputs:
             for i, evaluation_set in enumerate(config.evaluation.sets)
         ],
     )
-
-
-def within_configured_pass_rates(
-    prompts: Sequence[Prompt], config: TrainingSetConfig, section: str
-) -> Sequence[Prompt]:
-    """The prompts with their recorded pass rates, and those of them that pass the set's filter. `section` is the path
-    of the set in the run's configuration, for messages."""
-    if config.pass_rates_from is None:
-        return prompts
-    prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))
-    if not config.filters_by_pass_rate:
-        return prompts
-    return within_pass_rates(prompts, config.min_pass_rate, config.max_pass_rate, f"{section}.min_pass_rate")

@@ -1,14 +1,14 @@
 """Metrics of a rollout batch: the `reward/*`, `response/*` and `throughput/*` keys of a step record.
 
-Pure functions of the sampled groups. A sample is *right* when its reward is at least 1 and *wrong* when it is at most
-0, to allow for verifiers with partial credit: a group of half-right samples is neither solved nor unsolved but mixed.
+Pure functions of the sampled groups.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
-from megatron_dsrl.rollout.sample import Sample, SampleGroup
+from megatron_dsrl.rollout.sample import Outcome, Sample, SampleGroup
 
 
 def rollout_metrics(
@@ -36,15 +36,11 @@ def rollout_metrics(
 
 
 def reward_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
-    """Mean reward over all samples, and how many groups are solved (all right), unsolved (all wrong) or mixed."""
-    rewards = [[sample.reward for sample in group.samples] for group in groups]
-    solved = sum(all(reward >= 1 for reward in group) for group in rewards)
-    unsolved = sum(all(reward <= 0 for reward in group) for group in rewards)
+    """Mean reward over all samples, and how many groups are solved, unsolved or mixed; see `SampleGroup.outcome`."""
+    outcomes = [group.outcome for group in groups]
     return {
-        "reward/mean": _mean([reward for group in rewards for reward in group]),
-        "reward/solved_groups": solved,
-        "reward/unsolved_groups": unsolved,
-        "reward/mixed_groups": len(groups) - solved - unsolved,
+        "reward/mean": _mean([sample.reward for group in groups for sample in group.samples]),
+        **{f"reward/{outcome}_groups": outcomes.count(outcome) for outcome in get_args(Outcome)},
     }
 
 

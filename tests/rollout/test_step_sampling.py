@@ -86,7 +86,7 @@ def test_every_round_asks_for_what_is_missing_until_all_groups_are_mixed(draw) -
     engine = ScriptedEngine([RIGHT, MIXED, WRONG, WRONG, MIXED, MIXED])
     samples = mixed_rounds(3, engine).sample(1, draw, unwatched)
     assert engine.asked == [3, 2, 1]
-    assert rows(samples.groups) == [1, 4, 5] and all(group.is_mixed for group in samples.groups)
+    assert rows(samples.groups) == [1, 4, 5] and all(group.rewards_differ for group in samples.groups)
     assert samples.metrics == {
         "dynamic_sampling/rounds": 3,
         "dynamic_sampling/sampled_groups": 6,
