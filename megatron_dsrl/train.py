@@ -16,7 +16,7 @@ from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.tokenizer import context_token_ids
 from megatron_dsrl.publishing.card import refresh_card
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.server_process import ServerProcess
 from megatron_dsrl.run.held_out import evaluate_accuracy, evaluate_loss
 from megatron_dsrl.run.reporting import record_step, start_step
 from megatron_dsrl.run.results import closing_lines
@@ -25,7 +25,7 @@ from megatron_dsrl.run.saving import export, save, stop_if_requested
 from megatron_dsrl.run.start import TrainingRun, start_run
 
 
-def train(config: RunConfig, starting: StartingServer | None = None) -> None:
+def train(config: RunConfig, starting: ServerProcess | None = None) -> None:
     """Run a training, or continue it from its newest checkpoint. All ranks call it.
 
     Args:

@@ -73,7 +73,7 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def _train(config: "RunConfig", world_size: int) -> None:
-    from megatron_dsrl.rollout.engines.starting_server import starting_server
+    from megatron_dsrl.rollout.engines.server_process import starting_server
 
     with starting_server(config) as starting:  # imports SGLang while this process imports Megatron
         with loading_megatron():

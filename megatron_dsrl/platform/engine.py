@@ -104,7 +104,7 @@ def allocator_warning(variables: Mapping[str, str] = os.environ) -> str | None:
     """A warning if PyTorch's allocator settings conflict with engines on the trainer's GPUs.
 
     torch_memory_saver 0.0.10 cannot release memory of expandable segments and ends the engine, so engines do not
-    inherit the setting (`starting_server.inherited_environment`). The trainer keeps it. PyTorch 2.14 then shares
+    inherit the setting (`server_process.inherited_environment`). The trainer keeps it. PyTorch 2.14 then shares
     memory with another process by `pidfd_getfd`, which needs the right to trace that process.
     """
     names = [name for name in ALLOCATOR_VARIABLES if _expands_segments(variables.get(name, ""))]

@@ -1,4 +1,4 @@
-"""What an engine's own processes do differently on each platform; see `rollout/engines/server_process.py`."""
+"""What an engine's own processes do differently on each platform; see `rollout/engines/server_main.py`."""
 
 import multiprocessing
 import os

@@ -36,7 +36,7 @@ from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.server_process import ServerProcess
 from megatron_dsrl.rollout.growing_response import Decode, Encode
 from megatron_dsrl.rollout.open_files import requests_at_a_time
 from megatron_dsrl.rollout.rollout import Draw, StepSamples, Value, Watch
@@ -56,7 +56,7 @@ class EngineRollout:
         stop_token_ids: tuple[int, ...],
         decode: Decode,
         on_call: OnCall = ignore,
-        starting: StartingServer | None = None,
+        starting: ServerProcess | None = None,
         encode: Encode | None = None,
         last_step: int | None = None,
     ) -> None:

@@ -32,7 +32,7 @@ from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.registry import check_reward
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.server_process import ServerProcess
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.unfinished import CarryOver
@@ -74,7 +74,7 @@ class TrainingRun:
     """Saves the rollouts, if anything does; rank 0 only."""
 
 
-def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:
+def start_run(config: RunConfig, resources: ExitStack, starting: ServerProcess | None) -> TrainingRun:
     """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
 
     Args and errors are those of `train`.
@@ -182,7 +182,7 @@ def start_rollout_and_models(
     timeline: Timeline,
     console: RunConsole,
     resources: ExitStack,
-    starting: StartingServer | None,
+    starting: ServerProcess | None,
 ) -> tuple[Rollout, RunModels]:
     """Start the engines, build the models meanwhile if they do not share devices, and wait for the engines."""
     resolved = config.with_fields("model", path=str(inputs.model_folder))  # that engines and trainer load one folder
@@ -203,7 +203,7 @@ def start_rollout_and_models(
     return rollout, models
 
 
-def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline, starting: StartingServer | None) -> Rollout:
+def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline, starting: ServerProcess | None) -> Rollout:
     """Start the engines without waiting for them, or open what takes their place."""
     if config.rollout.source == "dataset":
         return DatasetRollout(config.rollout, len(inputs.prompts), inputs.stop_token_ids)

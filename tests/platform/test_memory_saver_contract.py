@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_dsrl.rollout.engines.client import MemoryTag
-from megatron_dsrl.rollout.engines.starting_server import inherited_environment
+from megatron_dsrl.rollout.engines.server_process import inherited_environment
 from tests.platform.test_sglang_contract import RELEASE, RESUME, SGLANG, parsed, source
 from tests.support.tiny_run import REPOSITORY
 from tests.support.transformer_engine_on_cpu import packages_folder

@@ -24,7 +24,7 @@ from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
-from megatron_dsrl.rollout.engines.starting_server import SERVER_PROCESS
+from megatron_dsrl.rollout.engines.server_process import SERVER_MAIN
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -137,7 +137,7 @@ def server_process(engine: EngineAddress) -> int:
     (found,) = (
         process.pid
         for process in psutil.Process().children()
-        if SERVER_PROCESS in process.cmdline()
+        if SERVER_MAIN in process.cmdline()
         and any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in process.net_connections())
     )
     return found

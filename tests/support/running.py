@@ -95,6 +95,6 @@ def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator
 
 def _is_engine(process: psutil.Process) -> bool:
     try:
-        return "megatron_dsrl.rollout.engines.server_process" in process.cmdline()
+        return "megatron_dsrl.rollout.engines.server_main" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False

@@ -12,7 +12,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import GPUS
-from megatron_dsrl.rollout.engines.server import write_settings
+from megatron_dsrl.rollout.engines.server_settings import write_settings
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.planning.test_parameters import qwen3_8b

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import psutil
 
-ENGINE = "megatron_dsrl.rollout.engines.server_process"
+ENGINE = "megatron_dsrl.rollout.engines.server_main"
 FORK_SERVER = "multiprocessing.forkserver"
 
 

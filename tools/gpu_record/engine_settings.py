@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dsrl.rollout.engines.server import read_settings
+from megatron_dsrl.rollout.engines.server_settings import read_settings
 
 
 def engine_settings(run_folder: Path) -> dict[str, str]:

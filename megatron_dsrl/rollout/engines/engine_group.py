@@ -24,9 +24,10 @@ from megatron_dsrl.rollout.engines.errors import EngineError, LostEngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer, warm_up
+from megatron_dsrl.rollout.engines.server_process import ServerProcess
+from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.tensor_layout import quantised_buckets
+from megatron_dsrl.rollout.engines.warm_up import warm_up
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
 from megatron_dsrl.rollout.engines.weight_push import check_shared_memory, push_weights
 
@@ -36,7 +37,7 @@ LOOPBACK_INTERFACE = "lo"
 class EngineGroup:
     """SGLang servers on the trainer's devices; implements `Engines`. Each rank's object handles its group's engine."""
 
-    def __init__(self, config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None) -> None:
+    def __init__(self, config: RolloutSettings, run_folder: Path, starting: ServerProcess | None = None) -> None:
         """Group the ranks. Starts nothing. Raises UserError if the world cannot be divided into engines, or settings
         contradict each other."""
         self._all_settings = config
@@ -61,22 +62,27 @@ class EngineGroup:
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
         self._memory = BucketMemory()
-        host, environment = self._host(), engine_environment(size, engine_threads(config))
+        self._server = self._new_server(run_folder, starting)
+        self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
+
+    def _new_server(self, run_folder: Path, starting: ServerProcess | None) -> EngineServer:
+        """The engine's server; only its owner starts it."""
+        config, engine, host = self._config, self._engine, self._host()
+        environment = engine_environment(config.tensor_parallel_size, engine_threads(self._all_settings))
         if host == LOOPBACK:
             environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
         key = draw_key()  # collective, so before anything that only one rank may refuse
-        self._server = EngineServer(
-            arguments=server_arguments(config, engine) if self._owns_server else {},
+        return EngineServer(
+            arguments=server_arguments(self._all_settings, engine) if self._owns_server else {},
             environment=environment,
             log_file=run_folder / "engines" / f"engine_{engine}.log",
-            startup_timeout_seconds=config.engine.startup_timeout_seconds,
+            startup_timeout_seconds=config.startup_timeout_seconds,
             host=host,
-            port=None if config.engine.port is None else config.engine.port + engine,
+            port=None if config.port is None else config.port + engine,
             key=key,
             warm_up=self._warm_up if compiles_kernels() else None,
             starting=starting,
         )
-        self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
 
     def start(self) -> None:
         self._together(self._start_server)

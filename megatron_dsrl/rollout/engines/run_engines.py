@@ -15,7 +15,7 @@ from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.server_process import ServerProcess
 
 
 class Engines(Protocol):
@@ -75,7 +75,7 @@ class Engines(Protocol):
         """Release the engines. May be called again."""
 
 
-def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None) -> Engines:
+def make_engines(config: RolloutSettings, run_folder: Path, starting: ServerProcess | None) -> Engines:
     """The engines that the configuration asks for. `starting` becomes this rank's server; None: a new process. Every
     rank calls it."""
     if config.engine.urls:

@@ -1,7 +1,6 @@
-"""One SGLang server as a supervised subprocess."""
+"""One SGLang server: its port, its start, its failures and its end."""
 
 import atexit
-import json
 import logging
 import signal
 import threading
@@ -18,13 +17,8 @@ from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
-from megatron_dsrl.rollout.engines.starting_server import (
-    StartingServer,
-    end_processes,
-    note_shared_memory,
-    processes_of,
-    shared_memory_files,
-)
+from megatron_dsrl.rollout.engines.server_process import ServerProcess, processes_of
+from megatron_dsrl.rollout.engines.server_settings import write_settings
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +28,6 @@ DEVICE_FAILURES = ("CUDA error", "CUDA out of memory", "NCCL error")
 TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
-SETTINGS = (
-    "version", "tp_size", "attention_backend", "prefill_attention_backend", "decode_attention_backend",
-    "sampling_backend", "disable_cuda_graph", "cuda_graph_config", "dtype", "kv_cache_dtype", "quantization",
-    "max_total_num_tokens", "max_running_requests", "mem_fraction_static", "chunked_prefill_size",
-)  # fmt: skip
-"""Recorded fields of SGLang's /server_info. Others may be secrets, such as `api_key`."""
 
 
 @dataclass(eq=False)
@@ -67,14 +55,12 @@ class EngineServer:
     warm_up: Callable[[float], None] | None = None
     """Called when the server answers, with the remaining seconds of the limit, before it counts as ready. Raises
     EngineError if the server fails it."""
-    starting: StartingServer | None = None
-    """Process that becomes the server at its first start; None: a new one."""
+    starting: ServerProcess | None = None
+    """Becomes the server at its first start; None: a new one."""
 
     def __post_init__(self) -> None:
         self._held: HeldPort | None = None
-        self._running: StartingServer | None = None
-        self._shared_memory: set[Path] = set()
-        """Files in /dev/shm that the server made."""
+        self._running: ServerProcess | None = None
         self._started_at = 0.0
 
     @property
@@ -102,7 +88,7 @@ class EngineServer:
         self._held = self._held or HeldPort(self.host, self.port)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = {**self.arguments, "host": self.host, "port": self._held.number}
-        self._running = self.starting or StartingServer(self.environment)
+        self._running = self.starting or ServerProcess(self.environment)
         self.starting = None
         self._running.serve(arguments, self.environment, self.key, self.log_file)
         self._started_at = time.monotonic()
@@ -139,8 +125,7 @@ class EngineServer:
                 self._end()
                 raise EngineStartError(f"the SGLang server at {self.url} failed its first requests: {error}") from error
         assert self._running is not None
-        self._shared_memory |= shared_memory_files(self._running.process.pid)
-        note_shared_memory(self._shared_memory, self._running.scratch.path)
+        self._running.note_shared_memory()
         self._freeze_garbage_collection()
         self._record_settings()
 
@@ -186,18 +171,11 @@ class EngineServer:
         return "\n".join([f"Last lines of {self.log_file}:", *lines])
 
     def _end(self) -> None:
-        """Kill the server and remove what it left behind; keep the port."""
+        """End the server; keep the port."""
         ended, self._running = self._running, None
-        if ended is None:
-            return
-        atexit.unregister(self.stop)
-        self._shared_memory |= shared_memory_files(ended.process.pid)
-        end_processes(ended.process)
-        ended.save_output(self.log_file)
-        for file in self._shared_memory:
-            file.unlink(missing_ok=True)
-        self._shared_memory.clear()
-        ended.scratch.remove()
+        if ended is not None:
+            atexit.unregister(self.stop)
+            ended.end()
 
     def _is_ready(self) -> bool:
         """Whether the server answers. Raises EngineStartError if another process listens on its port."""
@@ -245,23 +223,3 @@ def _signal(number: int) -> str:
     if number == signal.SIGKILL:
         return "SIGKILL, as from the kernel when memory runs out (`dmesg -T | grep -i oom` shows it)"
     return signal.Signals(number).name
-
-
-def settings_file(log_file: Path) -> Path:
-    """The file for the server with this log: `engine_0.json` beside `engine_0.log`."""
-    return log_file.with_suffix(".json")
-
-
-def write_settings(answer: bytes, log_file: Path) -> None:
-    """Write the settings from an answer of `/server_info`. Raises ValueError if it is not a JSON object."""
-    told = json.loads(answer)
-    if not isinstance(told, dict):
-        raise ValueError(f"/server_info answered {answer!r:.200}")
-    settings = {name: told[name] for name in SETTINGS if name in told}
-    settings_file(log_file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def read_settings(log_file: Path) -> dict[str, Any]:
-    """The recorded settings; empty if the server has never been ready."""
-    file = settings_file(log_file)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

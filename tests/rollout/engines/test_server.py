@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -21,9 +20,9 @@ import torch
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
-from megatron_dsrl.rollout.engines.server import EngineServer, read_settings, settings_file, write_settings
+from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
-from megatron_dsrl.rollout.engines.starting_server import shared_memory_files
+from megatron_dsrl.rollout.engines.server_process import shared_memory_files
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import push_weights
 from tests.support.engine import processes_of_group, tiny_run_config
@@ -167,7 +166,7 @@ def without_sglang(monkeypatch) -> None:
     """The server's process only sleeps: what matters is what happens before SGLang has opened its port."""
     start = subprocess.Popen
     monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
         lambda command, **options: start(SLEEPER, **options),
     )
 
@@ -230,7 +229,7 @@ def test_a_failure_of_the_gpu_is_not_a_users_mistake(make_server, monkeypatch) -
     start = subprocess.Popen
     fails = [sys.executable, "-c", "input(); raise SystemExit('torch.AcceleratorError: CUDA error: out of memory')"]
     monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
         lambda command, **options: start(fails, **options),
     )
     server = make_server()
@@ -314,26 +313,6 @@ def test_refused_weights_are_an_error(engine_rollout) -> None:
         asyncio.run(update_without_begin())
 
 
-def test_only_settings_are_recorded_not_keys(tmp_path) -> None:
-    log = tmp_path / "engine_0.log"
-    assert read_settings(log) == {}
-    write_settings(json.dumps({"dtype": "bfloat16", "api_key": "secret", "model_path": "m"}).encode(), log)
-    assert read_settings(log) == {"dtype": "bfloat16"}
-    assert settings_file(log) == tmp_path / "engine_0.json"
-
-
 def test_a_key_is_in_no_message(tmp_path) -> None:
     server = EngineServer({}, {}, tmp_path / "engine_0.log", 1.0, key=KEY)
     assert KEY not in repr(SupervisedServer(server, engine=0, max_restarts=0))
-
-
-def test_an_answer_that_is_not_an_object_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="/server_info answered"):
-        write_settings(b'["dtype"]', tmp_path / "engine_0.log")
-
-
-def test_a_server_that_is_ready_has_recorded_its_settings(engine_rollout) -> None:
-    log = engine_rollout._engines._server.log_file
-    settings = read_settings(log)
-    assert settings["attention_backend"] == "torch_native" and settings["max_total_num_tokens"] > 0
-    assert engine_rollout.engine_addresses[0].key not in settings_file(log).read_text()

@@ -15,7 +15,7 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.scratch_folder import NEW_SECONDS
 from megatron_dsrl.rollout.engines.server import EngineServer
-from megatron_dsrl.rollout.engines.starting_server import StartingServer, end_processes, starting_server
+from megatron_dsrl.rollout.engines.server_process import ServerProcess, end_processes, starting_server
 from tests.support.disk import fill_disk, small_disk
 from tests.support.engine import processes_of_group, tiny_run_config
 from tests.support.waiting import wait_until
@@ -48,7 +48,7 @@ def test_a_process_that_its_parent_has_left_behind_has_ended_as_well() -> None:
 
 def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
     """Here Python itself does not start; usually it is an import that fails."""
-    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    starting = ServerProcess({"PYTHONHOME": "/nowhere"})
     log = tmp_path / "engines" / "engine_0.log"
     server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
     server.start()
@@ -59,7 +59,7 @@ def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
 
 
 def test_a_server_that_ends_because_the_disk_is_full_is_not_restarted(tmp_path) -> None:
-    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    starting = ServerProcess({"PYTHONHOME": "/nowhere"})
     with small_disk(tmp_path / "disk"):
         log = tmp_path / "disk" / "engine_0.log"
         server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
@@ -72,7 +72,7 @@ def test_a_server_that_ends_because_the_disk_is_full_is_not_restarted(tmp_path) 
 
 def test_a_temporary_folder_that_is_gone_does_not_matter_at_the_end(tmp_path) -> None:
     """Machines remove files from it that are some days old."""
-    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    starting = ServerProcess({"PYTHONHOME": "/nowhere"})
     starting.process.wait()
     shutil.rmtree(starting.scratch.path)
     server = EngineServer({}, {}, tmp_path / "engine_0.log", startup_timeout_seconds=30.0, starting=starting)
@@ -87,9 +87,9 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start_and_nothing_els
     program = f"""
 import os, signal
 from pathlib import Path
-from megatron_dsrl.rollout.engines.starting_server import StartingServer, note_shared_memory
-server = StartingServer({{"PYTHONHOME": "/nowhere"}})
-note_shared_memory([Path("{noted}"), Path("{tmp_path}/mine")], server.scratch.path)
+from megatron_dsrl.rollout.engines.server_process import ServerProcess, note_files
+server = ServerProcess({{"PYTHONHOME": "/nowhere"}})
+note_files([Path("{noted}"), Path("{tmp_path}/mine")], server.scratch.path)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run(
@@ -97,13 +97,13 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     (left,) = tmp_path.iterdir()
     (tmp_path / "mine").touch()
-    running = StartingServer({"PYTHONHOME": "/nowhere"})
+    running = ServerProcess({"PYTHONHOME": "/nowhere"})
     for folder in (left, running.scratch.path):
         then = time.time() - 2 * NEW_SECONDS
         os.utime(folder, (then, then))
 
-    next_one = StartingServer({"PYTHONHOME": "/nowhere"})
+    next_one = ServerProcess({"PYTHONHOME": "/nowhere"})
     assert set(tmp_path.iterdir()) == {tmp_path / "mine", running.scratch.path, next_one.scratch.path}
     assert not noted.exists()
     for server in (running, next_one):
-        server.discard()
+        server.end()

@@ -11,7 +11,7 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
-from megatron_dsrl.rollout.engines.supervised_server import kinds_of_requests, warm_up
+from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
 from tests.support.engine import processes_of_group, tiny_run_config
 
 
@@ -44,7 +44,7 @@ def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monk
     """One that does not warm up in time is stopped; it may be started again."""
     start, program = subprocess.Popen, [sys.executable, "-c", ANSWERS_AT_ONCE]
     monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
         lambda command, **options: start(program, **options),
     )
     seconds_left = []
