@@ -62,9 +62,9 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_dsrl.model.architecture import read_architecture
     from megatron_dsrl.model.source import find_config_json
     from megatron_dsrl.planning import layouts, tables
-    from megatron_dsrl.planning.compute import Assumptions
     from megatron_dsrl.planning.gpus import find_gpu
     from megatron_dsrl.planning.plan import make_plan
+    from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
     from megatron_dsrl.planning.scale import print_scale
     from megatron_dsrl.run.preflight import preflight
 
@@ -73,20 +73,21 @@ def _plan(options: argparse.Namespace) -> int:
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     mean_response_tokens = options.mean_response_tokens or config.rollout.max_response_tokens // 2
     assumptions = Assumptions(mean_response_tokens, options.training_utilisation)
+    run = PlannedRun(config, architecture, gpu, gpus, assumptions)
     if options.scale:
-        print_scale(config, architecture, gpu, options.scale, assumptions, console)
+        print_scale(run, options.scale, console)
         return 0
     fits = False
-    if problems := layouts.layout_problems(config, architecture, gpus):
+    if problems := layouts.layout_problems(run):
         tables.print_impossible_layout(problems, gpus, console)
     else:
         console.print(*batch_lines(config, preflight(config, gpus)), sep="\n", highlight=False)
-        plan = make_plan(config, architecture, gpu, gpus, assumptions)
-        tables.print_plan(plan, architecture, assumptions, console)
+        plan = make_plan(run)
+        tables.print_plan(plan, console)
         fits = plan.fits
-    suggestions = layouts.suggest(config, architecture, gpu, gpus, assumptions, count=5)
-    needed = None if suggestions else layouts.fewest_gpus(config, architecture, gpu, gpus, assumptions)
-    tables.print_suggestions(config, suggestions, gpus, needed, console)
+    suggestions = layouts.suggest(run, count=5)
+    needed = None if suggestions else layouts.fewest_gpus(run)
+    tables.print_suggestions(run, suggestions, needed, console)
     return 0 if fits else 1
 
 

@@ -77,7 +77,7 @@ def _train(config: "RunConfig", world_size: int) -> None:
 
     with starting_server(config) as starting:  # imports SGLang while this process imports Megatron
         with loading_megatron():
-            from megatron_dsrl.planning.fit import memory_warnings, this_machine
+            from megatron_dsrl.planning.memory_warnings import memory_warnings, this_machine
             from megatron_dsrl.platform.engine import allocator_warning
             from megatron_dsrl.train import train
 

@@ -7,27 +7,13 @@ sample is assumed to be kept. Seconds depend on two assumptions, which are argum
 training reaches (MFU), and the share of the memory bandwidth that decoding reaches. Verification is not included.
 """
 
-from dataclasses import dataclass
-
 from megatron_dsrl.algorithms.schedule import required_passes
 from megatron_dsrl.config.model import Recompute
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.memory import EngineMemory, cache_bytes_per_token, element_bytes
 from megatron_dsrl.planning.parameters import active_per_token
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Quantities that cannot be computed from the configuration."""
-
-    mean_response_tokens: int
-    training_utilisation: float = 0.35
-    """Share of the GPU's peak that forward and backward reach."""
-    bandwidth_utilisation: float = 0.6
-    """Share of the memory bandwidth that decoding reaches."""
+from megatron_dsrl.planning.planned_run import PlannedRun
 
 
 def forward_flops(architecture: Architecture, context: int, scored: int) -> float:
@@ -41,8 +27,9 @@ def training_flops(architecture: Architecture, context: int, scored: int, recomp
     return _layer_training_flops(architecture, context + scored, recompute) + 3 * _head_flops(architecture, scored)
 
 
-def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfig, mean_response_tokens: int) -> float:
+def phase_flops(run: PlannedRun, phase: PhaseConfig) -> float:
     """Operations of one step of a phase over all GPUs: passes and updates of policy and critic."""
+    config, architecture, scored = run.config, run.architecture, run.assumptions.mean_response_tokens
     recompute = config.model.recompute
     total = 0.0
     for objective in phase.objectives.values():
@@ -50,14 +37,14 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
         context = objective.space.max_context_tokens(config.data.max_prompt_tokens)
         off_policy = config.actor.optimizer_steps_per_rollout > 1
         forwards = int(needed.old_log_probs or off_policy) + int(needed.reference_log_probs)
-        total += forwards * forward_flops(architecture, context, mean_response_tokens)
-        update = training_flops(architecture, context, mean_response_tokens, recompute)
+        total += forwards * forward_flops(architecture, context, scored)
+        update = training_flops(architecture, context, scored, recompute)
         if config.actor.lora:
-            frozen = 2 * active_per_token(architecture) * (context + mean_response_tokens)
-            update -= frozen + _head_flops(architecture, mean_response_tokens)
+            frozen = 2 * active_per_token(architecture) * (context + scored)
+            update -= frozen + _head_flops(architecture, scored)
         total += update * config.actor.epochs_per_rollout
         if needed.values:  # one forward pass and the critic's update; its head is negligible
-            tokens = context + mean_response_tokens
+            tokens = context + scored
             total += _layer_flops(architecture, tokens)
             total += _layer_training_flops(architecture, tokens, recompute) * config.critic.epochs_per_rollout
     return total * config.rollout.samples_per_step
@@ -82,38 +69,32 @@ def _head_flops(architecture: Architecture, scored: int) -> float:
     return 2 * architecture.hidden_size * architecture.vocab_size * scored
 
 
-def training_seconds(flops: float, config: RunConfig, world_size: int, gpu: Gpu, assumptions: Assumptions) -> float:
+def training_seconds(run: PlannedRun, flops: float) -> float:
     """Seconds of one step's update: operations over all GPUs, plus the idle part of the pipeline."""
-    parallel = config.parallel
+    config, assumptions, parallel = run.config, run.assumptions, run.config.parallel
     stages = parallel.pipeline_parallel_size
     tokens = config.rollout.samples_per_step * (config.data.max_prompt_tokens + assumptions.mean_response_tokens)
-    replicas = max(1, world_size // parallel.model_parallel_size)
+    replicas = max(1, run.world_size // parallel.model_parallel_size)
     micro_batches = max(1.0, tokens / replicas / config.actor.max_tokens_per_micro_batch)
     bubble = (stages - 1) / (micro_batches * parallel.virtual_pipeline_stages)
-    return (1 + bubble) * flops / (world_size * gpu.flops * assumptions.training_utilisation)
+    return (1 + bubble) * flops / (run.world_size * run.gpu.flops * assumptions.training_utilisation)
 
 
-def generation_seconds(
-    architecture: Architecture,
-    config: RunConfig,
-    world_size: int,
-    gpu: Gpu,
-    engine: EngineMemory,
-    assumptions: Assumptions,
-) -> float:
+def generation_seconds(run: PlannedRun, engine: EngineMemory) -> float:
     """Seconds of one rollout batch: every decoding step reads the weights and the cache of the running samples.
 
     External servers (`engine.urls`) are assumed to have GPUs of the same kind. Samples that do not fit into the cache
     wait. Not included: the tail, when the last samples run alone.
     """
+    config, architecture, assumptions = run.config, run.architecture, run.assumptions
     size = config.engine.tensor_parallel_size
-    engines = len(config.engine.urls) or max(1, world_size // size)
+    engines = len(config.engine.urls) or max(1, run.world_size // size)
     samples = config.rollout.samples_per_step / engines
     mean_context = config.data.max_prompt_tokens + assumptions.mean_response_tokens / 2
     running = max(1.0, min(samples, engine.cache_tokens / mean_context))
     element = element_bytes(config.model)
     cache = running * mean_context * cache_bytes_per_token(architecture, element, size)
-    reading = (engine.weights + cache) / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
+    reading = (engine.weights + cache) / (run.gpu.bytes_per_second * assumptions.bandwidth_utilisation)
     per_token = 2 * active_per_token(architecture) + _head_flops(architecture, scored=1)
-    computing = per_token * running / size / (gpu.flops * assumptions.training_utilisation)
+    computing = per_token * running / size / (run.gpu.flops * assumptions.training_utilisation)
     return max(reading, computing) * assumptions.mean_response_tokens * samples / running

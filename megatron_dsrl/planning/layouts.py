@@ -2,70 +2,65 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
 from megatron_dsrl.config.layout import Problem, engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import ParallelConfig, Recompute
-from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.plan import Plan, make_plan
+from megatron_dsrl.planning.planned_run import PlannedRun
 
 SIZES = (1, 2, 4, 8, 16)
 MOST_GPUS = 4096
 """Where `fewest_gpus` gives up."""
 
 
-def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[Problem]:
+def layout_problems(run: PlannedRun) -> list[Problem]:
     """Why processes, model and engines cannot be divided as configured; empty for a valid layout."""
+    config, shape = run.config, run.architecture.shape
     return [
-        *process_problems(config.parallel, world_size),
-        *model_problems(config.parallel, architecture.shape),
-        *engine_problems(config.engine.tensor_parallel_size, world_size, architecture.shape),
+        *process_problems(config.parallel, run.world_size),
+        *model_problems(config.parallel, shape),
+        *engine_problems(config.engine.tensor_parallel_size, run.world_size, shape),
     ]
 
 
-def suggest(
-    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions, count: int
-) -> list[Plan]:
+def suggest(run: PlannedRun, count: int) -> list[Plan]:
     """Layouts that fit, fastest first by the estimate; equally fast ones by how little they split the model.
 
     Each has as little recomputation as fits. If only the engine takes too much, its `memory_fraction` is lowered.
     Engines keep their tensor-parallel size if any layout with it fits.
     """
 
-    def plan_with_fitting_engine(candidate: RunConfig) -> Plan:
+    def plan_with_fitting_engine(candidate: PlannedRun) -> Plan:
         """The candidate's plan, with a lower `engine.memory_fraction` if only that makes it fit."""
-        plan = make_plan(candidate, architecture, gpu, world_size, assumptions)
+        plan = make_plan(candidate)
         fraction = plan.memory.largest_memory_fraction
-        if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
+        if plan.fits or not 0 < fraction < candidate.config.engine.memory_fraction:
             return plan
-        smaller = candidate.with_fields("engine", memory_fraction=fraction)
-        return make_plan(smaller, architecture, gpu, world_size, assumptions)
+        return make_plan(candidate.with_fields("engine", memory_fraction=fraction))
 
-    def with_least_recomputation(layout: RunConfig) -> Plan | None:
+    def with_least_recomputation(layout: PlannedRun) -> Plan | None:
         modes = get_args(Recompute)
         plans = (plan_with_fitting_engine(layout.with_fields("model", recompute=mode)) for mode in modes)
         return next((plan for plan in plans if plan.fits), None)
 
-    for size in _engine_sizes(config.engine, architecture, world_size):
-        plans = map(with_least_recomputation, _layouts(config, architecture, world_size, size))
+    for size in _engine_sizes(run):
+        plans = map(with_least_recomputation, _layouts(run.with_fields("engine", tensor_parallel_size=size)))
         if fitting := [plan for plan in plans if plan is not None]:
             return sorted(fitting, key=_seconds_and_splitting)[:count]
     return []
 
 
-def fewest_gpus(
-    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions
-) -> int | None:
-    """The smallest world size of `world_size` times a power of two for which a layout fits; None if none does."""
-    while world_size <= MOST_GPUS:
-        if suggest(config, architecture, gpu, world_size, assumptions, count=1):
-            return world_size
-        world_size *= 2
+def fewest_gpus(run: PlannedRun) -> int | None:
+    """The smallest world size of the run's times a power of two for which a layout fits; None if none does."""
+    while run.world_size <= MOST_GPUS:
+        if suggest(run, count=1):
+            return run.world_size
+        run = replace(run, world_size=2 * run.world_size)
     return None
 
 
@@ -77,26 +72,24 @@ def overrides_of(plan: Plan, config: RunConfig) -> list[str]:
         f"{section}.{field}={planned if isinstance(planned, str) else json.dumps(planned)}"
         for section, fields in sections.items()
         for field in fields
-        if (planned := getattr(getattr(plan.config, section), field)) != getattr(getattr(config, section), field)
+        if (planned := getattr(getattr(plan.run.config, section), field)) != getattr(getattr(config, section), field)
     ]
 
 
-def _layouts(config: RunConfig, architecture: Architecture, world_size: int, engine_size: int) -> Iterator[RunConfig]:
+def _layouts(run: PlannedRun) -> Iterator[PlannedRun]:
     """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
-    samples = config.rollout.samples_per_step
-    config = config.with_fields("engine", tensor_parallel_size=engine_size)
-    for parallel in _parallel_sizes(config.parallel, architecture):
-        candidate = config.model_copy(update={"parallel": parallel})
-        replicas = world_size // parallel.model_parallel_size
-        has_work = samples // config.actor.mini_batches_per_rollout >= replicas
-        if has_work and not layout_problems(candidate, architecture, world_size):
+    samples = run.config.rollout.samples_per_step // run.config.actor.mini_batches_per_rollout
+    for parallel in _parallel_sizes(run.config.parallel, run.architecture):
+        candidate = replace(run, config=run.config.model_copy(update={"parallel": parallel}))
+        has_work = samples >= run.world_size // parallel.model_parallel_size
+        if has_work and not layout_problems(candidate):
             yield candidate
 
 
-def _engine_sizes(engine: EngineConfig, architecture: Architecture, world_size: int) -> list[int]:
-    configured = engine.tensor_parallel_size
+def _engine_sizes(run: PlannedRun) -> list[int]:
+    configured = run.config.engine.tensor_parallel_size
     sizes = [configured, *(size for size in SIZES[:4] if size != configured)]
-    return [size for size in sizes if not list(engine_problems(size, world_size, architecture.shape))]
+    return [size for size in sizes if not list(engine_problems(size, run.world_size, run.architecture.shape))]
 
 
 def _parallel_sizes(configured: ParallelConfig, architecture: Architecture) -> Iterator[ParallelConfig]:
@@ -128,7 +121,7 @@ def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
 
 def _seconds_and_splitting(plan: Plan) -> tuple[float, ...]:
     """Sort key of layouts: the fastest first; of equally fast ones, the one that splits the model less."""
-    parallel = plan.config.parallel
+    parallel = plan.run.config.parallel
     return (
         float(f"{plan.step_seconds:.2g}"),  # the precision of the estimate
         parallel.model_parallel_size,

@@ -117,11 +117,8 @@ def _trainer_memory(
     """Memory of a model with this many parameters of both kinds. Adapters' own activations, of `rank` columns, are not
     counted; those of frozen layers are kept for the adapters beside them."""
     parallel = config.parallel
-    element = element_bytes(config.model)
-    replicas = expert_replicas = 1
-    if parallel.distributed_optimizer:
-        replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-        expert_replicas = world_size // parallel.expert_model_parallel_size
+    element, replicas = element_bytes(config.model), optimizer_shards(parallel, world_size)
+    expert_replicas = world_size // parallel.expert_model_parallel_size if parallel.distributed_optimizer else 1
     tokens, kept = largest_row(config), kept_bytes_per_token(architecture, config)
     layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
     return TrainerMemory(
@@ -133,6 +130,13 @@ def _trainer_memory(
         recomputed=int(tokens * (layer_bytes_per_token(architecture, config) - kept)),
         logits=logits,
     )
+
+
+def optimizer_shards(parallel: ParallelConfig, world_size: int) -> int:
+    """Processes that share the optimizer state of the same parameters, experts aside; 1 without the distributed
+    optimizer."""
+    shards = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    return shards if parallel.distributed_optimizer else 1
 
 
 def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int) -> EngineMemory:
@@ -163,15 +167,6 @@ def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads + 2 * architecture.num_key_value_heads
     inner = architecture.experts.moe_intermediate_size if architecture.experts else architecture.intermediate_size
     return element_bytes(config.model) * hidden * max(architecture.vocab_size, 2 * inner, heads * architecture.head_dim)
-
-
-def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Size of a step's routing records at full length, for `rollout.routing_replay`: a byte per token, layer and
-    choice, in base64 (model/routed_experts.py). 0 without routing replay."""
-    if not (config.rollout.routing_replay and architecture.experts):
-        return 0
-    tokens = config.rollout.samples_per_step * config.longest_sequence
-    return tokens * architecture.num_hidden_layers * architecture.experts.num_experts_per_tok * 4 // 3
 
 
 def cache_bytes_per_token(architecture: Architecture, element: int, engine_size: int) -> int:

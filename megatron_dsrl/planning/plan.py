@@ -7,15 +7,15 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.run import Due, RunConfig
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
+from megatron_dsrl.planning.compute import generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.fit import RunMemory, run_memory
-from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.memory import adam_bytes, element_bytes
 from megatron_dsrl.planning.parameters import (
     adapter_parameters_of_stage,
     parameters_of_critic_stage,
     parameters_of_model,
 )
+from megatron_dsrl.planning.planned_run import PlannedRun
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a number of GPUs."""
+    """Memory and time of a run."""
 
-    config: RunConfig
-    gpu: Gpu
-    world_size: int
+    run: PlannedRun
     memory: RunMemory
     phases: tuple[PhaseCost, ...]
     """Phases that the run reaches, in order."""
@@ -63,47 +61,42 @@ class Plan:
 
     def _step(self, training_seconds: float) -> float:
         """Generation and update one after the other, or concurrently with `rollout.max_staleness`."""
-        together = max if self.config.rollout.max_staleness else sum
+        together = max if self.run.config.rollout.max_staleness else sum
         return together((training_seconds, self.generation_seconds))
 
 
-def make_plan(
-    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions
-) -> Plan:
+def make_plan(run: PlannedRun) -> Plan:
     """Memory and time of a run whose layout is valid; see `layouts.layout_problems`."""
-    memory = run_memory(config, architecture, gpu.memory_bytes, world_size)
 
     def cost(phase: PhaseSteps) -> PhaseCost:
-        flops = max(phase_flops(config, architecture, form, assumptions.mean_response_tokens) for form in phase.forms)
-        return PhaseCost(phase.name, phase.steps, flops, training_seconds(flops, config, world_size, gpu, assumptions))
+        flops = max(phase_flops(run, form) for form in phase.forms)
+        return PhaseCost(phase.name, phase.steps, flops, training_seconds(run, flops))
 
-    return Plan(
-        config=config,
-        gpu=gpu,
-        world_size=world_size,
-        memory=memory,
-        phases=tuple(cost(phase) for phase in phases_by_steps(config.phases, config.steps) if phase.steps),
-        generation_seconds=generation_seconds(architecture, config, world_size, gpu, memory.engine, assumptions),
-    )
+    memory, phases = _memory(run), phases_by_steps(run.config.phases, run.config.steps)
+    costs = tuple(cost(phase) for phase in phases if phase.steps)
+    return Plan(run, memory, costs, generation_seconds(run, memory.engine))
 
 
-def largest_micro_batch(plan: Plan, architecture: Architecture) -> int | None:
+def _memory(run: PlannedRun) -> RunMemory:
+    return run_memory(run.config, run.architecture, run.gpu.memory_bytes, run.world_size)
+
+
+def largest_micro_batch(run: PlannedRun) -> int | None:
     """The largest token budget of a micro-batch with which an update fits, in steps of 1,024; None if none does."""
-    return _largest("actor", "max_tokens_per_micro_batch", plan, architecture)
+    return _largest("actor", "max_tokens_per_micro_batch", run)
 
 
-def largest_response(plan: Plan, architecture: Architecture) -> int | None:
+def largest_response(run: PlannedRun) -> int | None:
     """The longest response with which an update fits and the engine's cache holds one sequence, in steps of 1,024
     tokens; None if none does."""
-    return _largest("rollout", "max_response_tokens", plan, architecture)
+    return _largest("rollout", "max_response_tokens", run)
 
 
-def _largest(section: str, field: str, plan: Plan, architecture: Architecture) -> int | None:
+def _largest(section: str, field: str, run: PlannedRun) -> int | None:
     low, high = 0, 1024  # in units of 1,024 tokens
     while low < high:
         middle = (low + high + 1) // 2
-        changed = plan.config.with_fields(section, **{field: middle * 1024})
-        memory = run_memory(changed, architecture, plan.gpu.memory_bytes, plan.world_size)
+        memory = _memory(run.with_fields(section, **{field: middle * 1024}))
         if memory.peak_update <= memory.capacity and memory.holds_one_sequence:
             low = middle
         else:

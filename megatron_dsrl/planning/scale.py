@@ -19,20 +19,18 @@ Not included: stragglers among the nodes, network contention between rings, star
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.phase import phases_by_steps
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
-from megatron_dsrl.planning.gpus import Gpu
+from megatron_dsrl.planning.compute import generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.layouts import layout_problems
 from megatron_dsrl.planning.memory import element_bytes, engine_memory, policy_memory
 from megatron_dsrl.planning.parameters import parameters_of_model
+from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
 
 MEASURED = "measured on one CPU core by tools/benchmark_controller.py"
 NOTICEABLE = 0.1
@@ -125,48 +123,42 @@ DURING_GENERATION = ("decoding", "longest_response", "reading", "judging")
 """The overlapping parts."""
 
 
-def estimate_step(
-    config: RunConfig,
-    architecture: Architecture,
-    gpu: Gpu,
-    world_size: int,
-    assumptions: Assumptions,
-    costs: Costs,
-) -> StepEstimate:
-    """Estimate a step of the run's most expensive phase. The run's layout must be valid for the world size."""
+def estimate_step(run: PlannedRun, costs: Costs) -> StepEstimate:
+    """Estimate a step of the run's most expensive phase. Its layout must be valid."""
+    config, architecture, world_size = run.config, run.architecture, run.world_size
     samples = config.rollout.samples_per_step
-    tokens = samples * assumptions.mean_response_tokens
-    engine = engine_memory(config, architecture, gpu.memory_bytes)
+    tokens = samples * run.assumptions.mean_response_tokens
+    engine = engine_memory(config, architecture, run.gpu.memory_bytes)
     forms = [form for phase in phases_by_steps(config.phases, config.steps) if phase.steps for form in phase.forms]
-    flops = max(phase_flops(config, architecture, form, assumptions.mean_response_tokens) for form in forms)
-    decoding_step = engine.weights / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
+    flops = max(phase_flops(run, form) for form in forms)
+    decoding_step = engine.weights / (run.gpu.bytes_per_second * run.assumptions.bandwidth_utilisation)
     rounds = math.ceil(math.log2(world_size)) if world_size > 1 else 0
     model_bytes = parameters_of_model(architecture) * element_bytes(config.model)
     return StepEstimate(
         world_size=world_size,
         samples=samples,
         tokens=tokens,
-        decoding=generation_seconds(architecture, config, world_size, gpu, engine, assumptions),
+        decoding=generation_seconds(run, engine),
         longest_response=config.rollout.max_response_tokens * decoding_step,
         reading=tokens * (costs.read_json_seconds if config.engine.urls else costs.read_seconds),
         judging=samples * costs.verify_seconds / config.reward.workers,
         sharing=tokens * (costs.pickle_seconds + costs.unpickle_seconds)
         + rounds * tokens * costs.shared_bytes / costs.gloo_bytes_per_second,
-        update=training_seconds(flops, config, world_size, gpu, assumptions),
-        gradients=_gradient_seconds(config, architecture, world_size, costs),
+        update=training_seconds(run, flops),
+        gradients=_gradient_seconds(run, costs),
         weight_push=model_bytes / costs.push_bytes_per_second,
         hours_between_failures=1 / (world_size * costs.failures_per_gpu_hour),
         is_asynchronous=config.rollout.max_staleness > 0,
     )
 
 
-def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size: int, costs: Costs) -> float:
+def _gradient_seconds(run: PlannedRun, costs: Costs) -> float:
     """Gradient exchange of all optimizer steps of a rollout batch, on the fullest pipeline stage."""
-    parallel = config.parallel
+    config, world_size, parallel = run.config, run.world_size, run.config.parallel
     replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     stages = range(parallel.pipeline_parallel_size)
     element = element_bytes(config.model)
-    parameters = max(policy_memory(config, architecture, world_size, stage).trained // element for stage in stages)
+    parameters = max(policy_memory(config, run.architecture, world_size, stage).trained // element for stage in stages)
     within_node = world_size <= costs.gpus_per_node
     bandwidth = costs.node_bytes_per_second if within_node else costs.network_bytes_per_second
     sent = (4 + element) * parameters * (replicas - 1) / replicas
@@ -174,9 +166,9 @@ def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size:
     return config.actor.optimizer_steps_per_rollout * (sent / bandwidth + hops * costs.hop_seconds)
 
 
-def with_batch_for(config: RunConfig, factor: int) -> RunConfig:
+def with_batch_for(run: PlannedRun, factor: int) -> PlannedRun:
     """The run with `factor` times as many prompts per step."""
-    return config.with_fields("rollout", prompts_per_step=config.rollout.prompts_per_step * factor)
+    return run.with_fields("rollout", prompts_per_step=run.config.rollout.prompts_per_step * factor)
 
 
 def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:
@@ -198,15 +190,10 @@ def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:
     return None
 
 
-def print_scale(
-    config: RunConfig,
-    architecture: Architecture,
-    gpu: Gpu,
-    world_sizes: Sequence[int],
-    assumptions: Assumptions,
-    console: Console,
-) -> None:
+def print_scale(run: PlannedRun, world_sizes: Sequence[int], console: Console) -> None:
     """Print tables for a batch that grows with the GPUs and for a constant one, the first limit, and the constants.
+
+    The run's own number of GPUs does not matter.
 
     Raises:
         UserError: a number of GPUs is not a multiple of the first one, or does not fit the layout.
@@ -214,29 +201,29 @@ def print_scale(
     costs = Costs()
     growing, same = [], []
     for world_size in world_sizes:
-        if world_size % world_sizes[0] or layout_problems(config, architecture, world_size):
+        run = replace(run, world_size=world_size)
+        if world_size % world_sizes[0] or layout_problems(run):
             raise UserError(
                 f"--scale: {world_size} GPUs cannot be divided into this layout or into groups of {world_sizes[0]}; "
                 "choose other numbers"
             )
-        larger = with_batch_for(config, world_size // world_sizes[0])
-        growing.append(estimate_step(larger, architecture, gpu, world_size, assumptions, costs))
-        same.append(estimate_step(config, architecture, gpu, world_size, assumptions, costs))
+        growing.append(estimate_step(with_batch_for(run, world_size // world_sizes[0]), costs))
+        same.append(estimate_step(run, costs))
     console.print(_table("the batch grows with the GPUs", growing))
-    console.print(_table("the batch stays", [each for each in same if _has_work(config, each)]))
+    console.print(_table("the batch stays", [each for each in same if _has_work(run, each)]))
     limit = first_limit(growing)
     if limit:
         world_size, part = limit
         console.print(f"Breaks first as the batch grows: {PARTS[part]}, at {world_size:,} GPUs.", highlight=False)
     else:
         console.print("Nothing breaks up to here.")
-    console.print(_constants_table(costs, assumptions))
+    console.print(_constants_table(costs, run.assumptions))
 
 
-def _has_work(config: RunConfig, estimate: StepEstimate) -> bool:
+def _has_work(run: PlannedRun, estimate: StepEstimate) -> bool:
     """Whether every data-parallel replica has a sample in every optimizer step."""
-    replicas = estimate.world_size // config.parallel.model_parallel_size
-    return estimate.samples // config.actor.mini_batches_per_rollout >= replicas
+    replicas = estimate.world_size // run.config.parallel.model_parallel_size
+    return estimate.samples // run.config.actor.mini_batches_per_rollout >= replicas
 
 
 def _table(title: str, estimates: Sequence[StepEstimate]) -> Table:

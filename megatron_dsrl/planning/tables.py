@@ -9,27 +9,28 @@ from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import Due, RunConfig
-from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, gib
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, gib
+from megatron_dsrl.planning.host_memory import HostMemory
 from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.parameters import adapter_parameters_of_stage, parameters_of_model
 from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, run_files
+from megatron_dsrl.planning.planned_run import PlannedRun
 
 GIB = 2**30
 
 
-def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions, console: Console) -> None:
+def print_plan(plan: Plan, console: Console) -> None:
     """Print memory, time, limits, and whether the run fits."""
+    config, architecture = plan.run.config, plan.run.architecture
     console.print(_memory_table(plan))
-    if lora := plan.config.actor.lora:
+    if lora := config.actor.lora:
         adapters = adapter_parameters_of_stage(architecture, ParallelConfig(), 0, lora).total
         total = parameters_of_model(architecture)
         share = f"LoRA trains {adapters:,} parameters beside the model's {total:,} ({adapters / total:.2%})"
         console.print(share, highlight=False)
-    console.print(_time_table(plan, assumptions))
-    console.print(_rest_of_the_run(plan.config, run_files(plan.config, architecture)), soft_wrap=True, highlight=False)
-    micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
+    console.print(_time_table(plan))
+    console.print(_rest_of_the_run(config, run_files(config, architecture)), soft_wrap=True, highlight=False)
+    micro_batch, response = largest_micro_batch(plan.run), largest_response(plan.run)
     console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
     console.print(f"largest rollout.max_response_tokens that fits: {_tokens(response)}")
     if plan.memory.engines_elsewhere:
@@ -48,46 +49,45 @@ def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Con
         console.print(f"- {fields}: {what}", highlight=False, markup=False)
 
 
-def print_suggestions(
-    config: RunConfig, plans: Sequence[Plan], gpus: int, needed_gpus: int | None, console: Console
-) -> None:
-    """Print layouts for `gpus` GPUs, the fastest first, and the overrides of `dsrl train` for the fastest; without any
+def print_suggestions(run: PlannedRun, plans: Sequence[Plan], needed_gpus: int | None, console: Console) -> None:
+    """Print layouts for the run, the fastest first, and the overrides of `dsrl train` for the fastest; without any
     layout, the smallest number of GPUs that has one, if known."""
     if not plans:
         advice = "lower the lengths, or move parts of the trainer to the host (actor.offload)."
         if needed_gpus is not None:
             advice = f"{needed_gpus} would be enough; or {advice}"
-        console.print(f"No layout fits {counted(gpus, 'GPU')}: {advice}", highlight=False)
+        console.print(f"No layout fits {counted(run.world_size, 'GPU')}: {advice}", highlight=False)
         return
-    console.print(_suggestions_table(config, plans, gpus))
-    if overrides := overrides_of(plans[0], config):
+    console.print(_suggestions_table(run, plans))
+    if overrides := overrides_of(plans[0], run.config):
         console.print("The first of them as overrides, to paste after `dsrl train CONFIG.yaml`:")
         console.print(pasteable(overrides, console.width), highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("The first of them is the configured one.")
 
 
-def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> Table:
+def _suggestions_table(run: PlannedRun, plans: Sequence[Plan]) -> Table:
     """Expert parallelism and the engine's size are left out if they are the default in every row."""
+    configs = [plan.run.config for plan in plans]
     columns: dict[str, list[str]] = {
-        "TP": [str(plan.config.parallel.tensor_parallel_size) for plan in plans],
-        "PP": [_pipeline(plan.config.parallel) for plan in plans],
-        "CP": [str(plan.config.parallel.context_parallel_size) for plan in plans],
-        "EP": [str(plan.config.parallel.expert_parallel_size) for plan in plans],
-        "engine\nTP": [str(plan.config.engine.tensor_parallel_size) for plan in plans],
-        "recompute": [plan.config.model.recompute for plan in plans],
-        "engine\nmemory": [f"{plan.config.engine.memory_fraction:g}" for plan in plans],
+        "TP": [str(config.parallel.tensor_parallel_size) for config in configs],
+        "PP": [_pipeline(config.parallel) for config in configs],
+        "CP": [str(config.parallel.context_parallel_size) for config in configs],
+        "EP": [str(config.parallel.expert_parallel_size) for config in configs],
+        "engine\nTP": [str(config.engine.tensor_parallel_size) for config in configs],
+        "recompute": [config.model.recompute for config in configs],
+        "engine\nmemory": [f"{config.engine.memory_fraction:g}" for config in configs],
         "peak\nGiB": [f"{max(plan.memory.peaks.values()) / GIB:.1f}" for plan in plans],
         "update\ns": [f"{plan.training_seconds:.0f}" for plan in plans],
         "generate\ns": [f"{plan.generation_seconds:.0f}" for plan in plans],
     }
     if set(columns["EP"]) == {"1"}:
         del columns["EP"]
-    if set(columns["engine\nTP"]) == {str(config.engine.tensor_parallel_size)}:
+    if set(columns["engine\nTP"]) == {str(run.config.engine.tensor_parallel_size)}:
         del columns["engine\nTP"]
     table = Table(
         *columns,
-        title=f"layouts that fit {counted(gpus, 'GPU')}, the fastest first",
+        title=f"layouts that fit {counted(run.world_size, 'GPU')}, the fastest first",
         caption="TP, PP, CP, EP: tensor (with sequence), pipeline, context and expert parallel; all with the "
         "distributed optimizer",
     )
@@ -117,7 +117,7 @@ def _memory_table(plan: Plan) -> Table:
     columns = _stage_columns(len(memory.policy))
     table = Table(
         "GiB per GPU", *columns,
-        title=f"{plan.world_size} x {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB each",
+        title=f"{plan.run.world_size} x {plan.run.gpu.name}, {plan.run.gpu.memory_bytes / GIB:.0f} GiB each",
     )  # fmt: skip
 
     def row(name: str, *sizes: int) -> None:
@@ -129,7 +129,7 @@ def _memory_table(plan: Plan) -> Table:
         if model:
             for name in ("weights", "gradients", "optimizer"):
                 row(f"{prefix}{name}", *(getattr(stage, name) for stage in model))
-            recompute = plan.config.model.recompute
+            recompute = plan.run.config.model.recompute
             row(f"{prefix}activations, recompute {recompute}", *(stage.activations for stage in model))
             if any(stage.recomputed for stage in model):
                 row(f"{prefix}recomputed, of one layer", *(stage.recomputed for stage in model))
@@ -147,7 +147,7 @@ def _memory_table(plan: Plan) -> Table:
         note = "" if peak <= memory.capacity else "  too much"
         others = [""] * (len(columns) - 1)
         table.add_row(f"[bold]peak of {name}[/bold]", f"[bold]{peak / GIB:.2f}{note}[/bold]", *others)
-    _add_host_rows(memory, row)
+    _add_host_rows(memory.host, row)
     return table
 
 
@@ -163,21 +163,21 @@ def _stage_columns(stages: int) -> dict[str, slice]:
     return {"stage 0": slice(0, 1), between: slice(1, last), f"stage {last}": slice(last, stages)}
 
 
-def _add_host_rows(memory: RunMemory, row: Callable[..., None]) -> None:
+def _add_host_rows(memory: HostMemory, row: Callable[..., None]) -> None:
     """Add rows for host memory. `row` gets a title, and sizes as in `_memory_table`."""
     for what, sizes in (
-        ("reference policy", memory.reference_on_host),
-        ("what actor.offload moves", memory.offloaded_on_host),
-        ("checkpoint copy, at most", memory.checkpoint_on_host),
-        ("checkpoint, gathered", memory.gathered_on_host),
-        ("routing replay, at most", (memory.routed_experts_on_host,)),
+        ("reference policy", memory.reference),
+        ("what actor.offload moves", memory.offloaded),
+        ("checkpoint copy, at most", memory.checkpoint),
+        ("checkpoint, gathered", memory.gathered),
+        ("routing replay, at most", (memory.routed_experts,)),
     ):
         if any(sizes):
             row(f"on the host: {what}", *sizes)
 
 
-def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
-    rollout = plan.config.rollout
+def _time_table(plan: Plan) -> Table:
+    rollout, assumptions = plan.run.config.rollout, plan.run.assumptions
     table = Table("one step", "value", "made of")
     table.add_row(
         "samples", f"{rollout.samples_per_step:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
@@ -195,7 +195,7 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
         f"assumed: {assumptions.bandwidth_utilisation:.0%} of the memory bandwidth; without the slowest samples' tail",
     )
     steps = " + ".join(f"{phase.steps} {phase.name}" for phase in plan.phases) + " steps"
-    if plan.config.rollout.max_staleness:
+    if rollout.max_staleness:
         steps += ", sampling beside the update"
     table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", steps)
     return table

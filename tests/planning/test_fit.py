@@ -1,22 +1,14 @@
-"""What is on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
+"""What is on a GPU at the same time, with critic and reference policy."""
 
 import pytest
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import (
-    ENGINE_RELEASED_BYTES,
-    ENGINE_WORK_BYTES,
-    RESERVE_BYTES,
-    Machine,
-    RunMemory,
-    memory_warnings,
-    run_memory,
-)
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, run_memory
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import make_plan
+from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
 from tests.support.tiny_run import REPOSITORY
@@ -40,7 +32,7 @@ def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_t
         (only_the_warm_up, False, False),
     ):
         memory = run_memory(config, qwen3_8b(), GPU_BYTES, world_size=8)
-        assert (bool(memory.critic), any(memory.reference_on_host)) == (critic, reference)
+        assert (bool(memory.critic), any(memory.host.reference)) == (critic, reference)
 
 
 def test_models_that_only_a_custom_phase_brings_in_are_counted() -> None:
@@ -51,9 +43,11 @@ def test_models_that_only_a_custom_phase_brings_in_are_counted() -> None:
         "phases.0.fading={name: fading, space: {name: post_train}, advantage: gae, kl: {loss_coefficient: 0.1}}",
     ]
     memory = run_memory(paper_run(*custom), qwen3_8b(), GPU_BYTES, world_size=8)
-    assert memory.critic and any(memory.reference_on_host)
-    plain = make_plan(paper_run(), qwen3_8b(), find_gpu("h100"), 8, Assumptions(mean_response_tokens=1024))
-    fading = make_plan(paper_run(*custom), qwen3_8b(), find_gpu("h100"), 8, Assumptions(mean_response_tokens=1024))
+    assert memory.critic and any(memory.host.reference)
+    plain, fading = (
+        make_plan(PlannedRun(config, qwen3_8b(), find_gpu("h100"), 8, Assumptions(mean_response_tokens=1024)))
+        for config in (paper_run(), paper_run(*custom))
+    )
     assert fading.phases[0].flops > 2 * plain.phases[0].flops and fading.phases[1].flops == plain.phases[1].flops
 
 
@@ -114,41 +108,7 @@ def test_what_is_offloaded_is_on_the_host_while_the_engine_samples() -> None:
     assert moves.peak_update == stays.peak_update
     assert moves.peak_switch == stays.peak_switch
     assert moves.peak_generation == int(0.6 * GPU_BYTES) + ENGINE_WORK_BYTES + RESERVE_BYTES
-    assert moves.offloaded_on_host == (weights + optimizer,) and stays.offloaded_on_host == (0,)
-
-
-def test_reference_and_checkpoint_lie_on_the_host() -> None:
-    with_reference = paper_run("phases.1.kl={loss_coefficient: 0.1}")
-    memory = run_memory(with_reference, qwen3_8b(), GPU_BYTES, world_size=8)
-    (policy,) = memory.policy
-    assert memory.reference_on_host == (policy.weights,)
-    assert memory.checkpoint_on_host == (policy.weights + policy.optimizer,)
-    parameters = policy.weights // 2
-    whole, shard, received = 3 * 4 * parameters, 3 * 4 * parameters // 2, 2 * 4 * parameters  # DP 2
-    assert memory.gathered_on_host == (whole + shard + received,)
-    assert memory.on_host == policy.weights + sum(memory.checkpoint_on_host) + sum(memory.gathered_on_host)
-    synchronous = run_memory(paper_run("checkpoint.asynchronous=false"), qwen3_8b(), GPU_BYTES, world_size=8)
-    assert synchronous.reference_on_host == synchronous.checkpoint_on_host == (0,)
-
-
-def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model) -> None:
-    node = Machine("cuda", GPU_BYTES, host_bytes=2 * 10**12, processes=8)
-    assert memory_warnings(paper_run(model), 8, node) == []
-    (update, generation) = memory_warnings(ppo(model), 8, node)
-    assert "an update takes" in update and "lower actor.max_tokens_per_micro_batch" in update
-    assert "generation takes" in generation and "lower engine.memory_fraction" in generation
-    small_host = Machine("cuda", GPU_BYTES, host_bytes=10**11, processes=8)
-    (host,) = memory_warnings(paper_run(model), 8, small_host)
-    assert "checkpoint copies of 8 processes take up to" in host and "set checkpoint.asynchronous=false" in host
-
-
-def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model) -> None:
-    settings = [model, "model.dtype=float32", "engine.max_total_tokens=32768", "parallel.tensor_parallel_size=1"]
-    settings += ["parallel.sequence_parallel=false"]
-    laptop, server = (Machine("cpu", size, size, processes=1) for size in (16 * 2**30, 2**41))
-    (warning,) = memory_warnings(paper_run(*settings), 1, laptop)
-    assert "1 process and the engines take" in warning
-    assert memory_warnings(paper_run(*settings), 1, server) == []
+    assert moves.host.offloaded == (weights + optimizer,) and stays.host.offloaded == (0,)
 
 
 def test_engines_elsewhere_take_no_memory_here(model, capsys) -> None:
@@ -162,14 +122,3 @@ def test_engines_elsewhere_take_no_memory_here(model, capsys) -> None:
     shown = capsys.readouterr().out
     assert "The engines are on other devices (engine.urls): their memory is not counted." in shown
     assert "engine cache" not in shown and "peak of generation" not in shown
-
-
-def test_replayed_experts_lie_on_the_host_of_every_process() -> None:
-    """1,024 samples of 9,216 tokens, 48 layers with 8 choices of 4/3 bytes."""
-    config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", ["rollout.routing_replay=true"])
-    memory = run_memory(config, qwen3_30b_a3b(), GPU_BYTES, world_size=16)
-    assert memory.routed_experts_on_host == 1024 * 9216 * 48 * 8 * 4 // 3
-    checkpoint = memory.checkpoint_on_host[0] + memory.gathered_on_host[0]
-    assert memory.on_host == memory.routed_experts_on_host + checkpoint
-    without = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", [])
-    assert run_memory(without, qwen3_30b_a3b(), GPU_BYTES, world_size=16).routed_experts_on_host == 0

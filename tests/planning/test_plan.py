@@ -7,10 +7,12 @@ import pytest
 from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.planning.compute import Assumptions, training_flops
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest
 from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, make_plan, run_files
+from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
 from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
@@ -21,8 +23,13 @@ PARAMETERS = 8_190_735_360
 """Parameters of Qwen3-8B."""
 
 
-def plan_of(*overrides: str, gpu: str = "h100", world_size: int = 8) -> Plan:
-    return make_plan(paper_run(*overrides), qwen3_8b(), find_gpu(gpu), world_size, ASSUMED)
+def planned(*overrides: str, model: Architecture | None = None, gpu: str = "h100", world_size: int = 8) -> PlannedRun:
+    """The paper's run, or that of another model."""
+    return PlannedRun(paper_run(*overrides), model or qwen3_8b(), find_gpu(gpu), world_size, ASSUMED)
+
+
+def plan_of(*overrides: str, gpu: str = "h100") -> Plan:
+    return make_plan(planned(*overrides, gpu=gpu))
 
 
 def test_operations_of_a_sequence_by_hand() -> None:
@@ -46,17 +53,16 @@ def test_the_largest_length_fits_and_the_next_one_does_not(limit) -> None:
         largest_response: "rollout.max_response_tokens",
     }[limit]
     unlimited = "engine.max_context_tokens=null"
-    largest = limit(plan_of(unlimited), qwen3_8b())
+    largest = limit(planned(unlimited))
     assert plan_of(unlimited, f"{field}={largest}").fits
     assert not plan_of(unlimited, f"{field}={largest + 1024}").fits
 
 
 def test_suggestions_are_valid_fit_and_come_fastest_first() -> None:
-    config = paper_run("model.path=unused")
-    plans = suggest(config, qwen3_30b_a3b(), find_gpu("h200"), 16, ASSUMED, count=5)
+    plans = suggest(planned("model.path=unused", model=qwen3_30b_a3b(), gpu="h200", world_size=16), count=5)
     assert len(plans) == 5
     for plan in plans:
-        assert plan.fits and not layout_problems(plan.config, qwen3_30b_a3b(), 16)
+        assert plan.fits and not layout_problems(plan.run)
     assert plans[0].step_seconds <= min(plan.step_seconds for plan in plans) * 1.06, "equal but for rounding"
 
 
@@ -68,10 +74,11 @@ def test_layers_that_do_not_divide_go_to_uneven_stages() -> None:
     )  # fmt: skip
     settings = ["engine.tensor_parallel_size=8", "checkpoint.gather_optimizer_on=host"]
     offload = [f"actor.offload.{part}=true" for part in ("gradients", "optimizer", "parameters")]
-    plans = suggest(paper_run(*settings, *offload), large, find_gpu("h200"), 64, ASSUMED, count=200)
-    stages = {plan.config.parallel.pipeline_parallel_size: plan.config.parallel.layers_of_stages(94) for plan in plans}
+    plans = suggest(planned(*settings, *offload, model=large, gpu="h200", world_size=64), count=200)
+    layouts = [plan.run.config.parallel for plan in plans]
+    stages = {layout.pipeline_parallel_size: layout.layers_of_stages(94) for layout in layouts}
     assert stages[4] == [23, 24, 24, 23] and stages[16] == [5, *[6] * 14, 5]
-    assert not any(layout_problems(plan.config, large, 64) for plan in plans)
+    assert not any(layout_problems(plan.run) for plan in plans)
 
 
 def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts() -> None:
@@ -80,13 +87,13 @@ def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts() ->
     assert in_turns.step_seconds == in_turns.generation_seconds + in_turns.training_seconds
     assert ahead.step_seconds == max(in_turns.generation_seconds, in_turns.training_seconds)
     assert ahead.run_seconds < in_turns.run_seconds
-    step = estimate_step(ahead.config, qwen3_8b(), ahead.gpu, 8, ASSUMED, Costs())
-    alone = estimate_step(in_turns.config, qwen3_8b(), in_turns.gpu, 8, ASSUMED, Costs())
+    step = estimate_step(ahead.run, Costs())
+    alone = estimate_step(in_turns.run, Costs())
     assert step.step == pytest.approx(alone.step - min(alone.generation, alone.update + alone.gradients))
 
 
 def test_no_layout_is_suggested_where_none_fits() -> None:
-    assert suggest(paper_run(), qwen3_30b_a3b(), find_gpu("a100-40"), 2, ASSUMED, count=5) == []
+    assert suggest(planned(model=qwen3_30b_a3b(), gpu="a100-40", world_size=2), count=5) == []
 
 
 def test_the_command_says_what_fits_and_what_would(model, capsys) -> None:
@@ -113,10 +120,10 @@ def test_what_is_suggested_can_be_pasted(capsys) -> None:
     """The overrides make the configuration that the plan is for, including engines, and it then fits."""
     file, engines = REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", "engine.tensor_parallel_size=4"
     config = load_config(file, [engines])
-    (best,) = suggest(config, qwen3_8b(), find_gpu("b200"), 2, ASSUMED, count=1)
+    (best,) = suggest(PlannedRun(config, qwen3_8b(), find_gpu("b200"), 2, ASSUMED), count=1)
     pasted = load_config(file, [engines, *overrides_of(best, config)])
     for section in ("parallel", "model", "engine"):
-        assert getattr(pasted, section) == getattr(best.config, section)
+        assert getattr(pasted, section) == getattr(best.run.config, section)
     assert pasted.engine.tensor_parallel_size == 1, "4, as configured, is more than there are"
     assert overrides_of(best, pasted) == []
     arguments = ["plan", str(file), engines, "--gpu", "b200", "--gpus", "2"]
@@ -129,10 +136,9 @@ def test_what_is_suggested_can_be_pasted(capsys) -> None:
 
 
 def test_how_many_gpus_would_do() -> None:
-    config = paper_run()
-    assert suggest(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED, count=1) == []
-    assert fewest_gpus(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED) == 4
-    assert suggest(config, qwen3_8b(), find_gpu("h100"), 4, ASSUMED, count=1) != []
+    assert suggest(planned(world_size=2), count=1) == []
+    assert fewest_gpus(planned(world_size=2)) == 4
+    assert suggest(planned(world_size=4), count=1) != []
 
 
 def test_a_gpu_of_the_table_and_one_described_by_its_figures() -> None:

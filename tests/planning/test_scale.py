@@ -4,13 +4,12 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.gpus import find_gpu
+from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
 from megatron_dsrl.planning.scale import PARTS, Costs, StepEstimate, estimate_step, first_limit, with_batch_for
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import qwen3_8b
 
-ASSUMED = Assumptions(mean_response_tokens=4000)
 COSTS = Costs(
     read_seconds=1e-6,
     read_json_seconds=3e-6,
@@ -27,15 +26,17 @@ COSTS = Costs(
 )
 
 
+def planned(world_size: int, *overrides: str) -> PlannedRun:
+    assumed = Assumptions(mean_response_tokens=4000)
+    return PlannedRun(paper_run(*overrides), qwen3_8b(), find_gpu("h100"), world_size, assumed)
+
+
 def estimate(world_size: int, factor: int = 1) -> StepEstimate:
-    config = with_batch_for(paper_run(), factor)
-    return estimate_step(config, qwen3_8b(), find_gpu("h100"), world_size, ASSUMED, COSTS)
+    return estimate_step(with_batch_for(planned(world_size), factor), COSTS)
 
 
 def test_other_servers_answer_in_json_which_takes_longer_to_read() -> None:
-    config = paper_run()
-    external = config.model_copy(update={"engine": config.engine.model_copy(update={"urls": ["http://gpu:30000"]})})
-    step = estimate_step(external, qwen3_8b(), find_gpu("h100"), 8, ASSUMED, COSTS)
+    step = estimate_step(planned(8, "engine.urls=[http://gpu:30000]"), COSTS)
     assert step.reading == pytest.approx(1024 * 4000 * 3e-6)
 
 
