@@ -4,26 +4,24 @@ It is made from the run folder alone. Folders and addresses of the machines that
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.generated_card import CARD_FILE, GENERATED, has_mark
-from megatron_dsrl.config.benchmark import load_benchmark
-from megatron_dsrl.evaluation.results import results_of_run
-from megatron_dsrl.model.source import hub_name_of, is_hub_name
-from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, Record, read_records
+from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.observability.records import CONFIG_FILE
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
+from megatron_dsrl.publishing.base_model import base_model_name, license_of
+from megatron_dsrl.publishing.card_evaluations import evaluations_of, model_index
 from megatron_dsrl.run.results import exported_policy
-from megatron_dsrl.weights.checkpoint_record import read_record
 
 PAPER = "2604.14142"
 SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
@@ -31,7 +29,6 @@ LEFT_OUT = ("output_dir", "checkpoint", "observability")
 """Sections of the configuration that say nothing about the model."""
 MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layout", "Python", *ALWAYS_SHOWN)
 """Facts of the run's starts that a card shows."""
-LICENSE_FIELDS = ("license", "license_name", "license_link")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -164,128 +161,6 @@ def _made_by(run_folder: Path, step: int) -> list[tuple[str, str]]:
             if value not in facts.setdefault(name, []):
                 facts[name].append(value)
     return [(name.removeprefix("Package "), ", then ".join(values)) for name, values in facts.items()]
-
-
-@dataclass(frozen=True)
-class CardEvaluation:
-    """One benchmark or held-out set."""
-
-    title: str
-    dataset: str
-    """Hub name if the benchmark comes from the hub, else its own name."""
-    problems: int
-    samples: int
-    """Per problem: k of Avg@k."""
-    accuracy: float
-    standard_error: float | None
-    before: float | None
-    """Accuracy before training, if it was measured."""
-    pass_at_k: float | None = None
-    """With k = `samples`."""
-
-
-def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
-    """Evaluations of the policy after a step: benchmarks of `dsrl eval`, then held-out sets from training.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    records = [one for one in read_records(run_folder / EVALUATION_FILE) if one.get("accuracy") is not None]
-    before = {record["set"]: record["accuracy"] for record in records if record["step"] == 0}
-    held_out = {record["set"]: _of_record(record, before) for record in records if record["step"] == step}
-    return [*_benchmarks(run_folder, step), *held_out.values()]
-
-
-def model_index(evaluations: Sequence[CardEvaluation]) -> list[EvalResult]:
-    """The evaluations in the hub's format, in percent."""
-    found = []
-    for one in evaluations:
-        metrics = {("accuracy", f"Avg@{one.samples}"): one.accuracy}
-        if one.pass_at_k is not None and one.samples > 1:
-            metrics["pass@k", f"Pass@{one.samples}"] = one.pass_at_k
-        found += [
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=one.dataset,
-                dataset_name=one.title,
-                metric_type=kind,
-                metric_name=name,
-                metric_value=round(100 * value, 2),
-            )
-            for (kind, name), value in metrics.items()
-        ]
-    return found
-
-
-def _of_record(record: Record, before: dict[str, float]) -> CardEvaluation:
-    name, samples = record["set"], record["samples_per_prompt"]
-    return CardEvaluation(
-        title=name,
-        dataset=name,
-        problems=record["problems"],
-        samples=samples,
-        accuracy=record["accuracy"],
-        standard_error=record.get("standard_error"),
-        before=before.get(name),
-    )
-
-
-def _benchmarks(run_folder: Path, step: int) -> list[CardEvaluation]:
-    found = {}
-    for results in results_of_run(run_folder):
-        if results.step != step:
-            continue
-        for name, summary in results.benchmarks.items():
-            samples = summary["samples_per_prompt"]
-            found[name] = CardEvaluation(
-                title=summary["title"],
-                dataset=_hub_name(name),
-                problems=summary["problems"],
-                samples=samples,
-                accuracy=summary["accuracy"],
-                standard_error=summary.get("standard_error"),
-                before=None,
-                pass_at_k=results.pass_at_k(name).get(samples),
-            )
-    return list(found.values())
-
-
-def _hub_name(benchmark: str) -> str:
-    """Hub name of a built-in benchmark; any other name unchanged."""
-    try:
-        return load_benchmark(benchmark, None).config.source
-    except UserError:
-        return benchmark
-
-
-def base_model_name(path: str) -> str | None:
-    """The hub's name of the model that a run began with; None if it is not known to come from the hub.
-
-    Args:
-        path: `model.path` of the run: a hub name, a snapshot in the hub's cache, or a folder that `dsrl convert` has
-            made from either.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return path if is_hub_name(path) else None
-    if name := hub_name_of(folder):
-        return name
-    try:
-        record = read_record(folder)
-    except UserError:
-        return None
-    return base_model_name(record.source) if record and record.source != path else None
-
-
-def license_of(folder: Path) -> dict[str, str]:
-    """License fields of a model card; empty if it has none."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
-        return {}
-    return {key: str(fields[key]) for key in LICENSE_FIELDS if isinstance(fields, dict) and key in fields}
 
 
 def without_private_places(value: Any) -> Any:

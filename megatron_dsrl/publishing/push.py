@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import kinds_of_causes
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
-from megatron_dsrl.publishing.card import CARD_FILE, base_model_name, is_generated, model_card, without_private_places
+from megatron_dsrl.publishing.base_model import base_model_name
+from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card, without_private_places
 from megatron_dsrl.weights.hf_writer import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, COMPANIONS
 
 AS_THEY_ARE = (

@@ -9,16 +9,7 @@ from huggingface_hub import ModelCard
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import ProblemResult
-from megatron_dsrl.publishing.card import (
-    CARD_FILE,
-    base_model_name,
-    license_of,
-    model_card,
-    refresh_card,
-    without_private_places,
-    write_card,
-)
-from megatron_dsrl.weights.checkpoint_record import CheckpointRecord
+from megatron_dsrl.publishing.card import CARD_FILE, model_card, refresh_card, without_private_places, write_card
 from tests.observability.synthetic_run import make_group, start_record, write_run, write_starts
 
 
@@ -109,21 +100,6 @@ def test_a_card_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     write_card(tmp_path, tmp_path / "no run", 1, warnings.append)
     assert len(warnings) == 1 and "config.yaml is not a run's configuration" in warnings[0]
-
-
-def test_the_base_model_is_found_behind_snapshots_and_conversions(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    snapshot = tmp_path / "hub" / "models--Qwen--Qwen3-8B" / "snapshots" / "b968826d"
-    snapshot.mkdir(parents=True)
-    for name, source in (("converted", "Qwen/Qwen3-8B"), ("of_snapshot", str(snapshot)), ("of_mine", "/gone/mine")):
-        (tmp_path / name).mkdir()
-        CheckpointRecord(architecture={}, dtype="bfloat16", layout={}, source=source).write(tmp_path / name)
-    paths = ("Qwen/Qwen3-8B", str(snapshot), "converted", "of_snapshot")
-    assert [base_model_name(path) for path in paths] == ["Qwen/Qwen3-8B"] * 4
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert [base_model_name(path) for path in ("models/mine", "of_mine", "models/gone")] == [None] * 3
-    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Qwen3\n")
-    assert license_of(snapshot) == {"license": "apache-2.0"} and license_of(tmp_path) == {}
 
 
 def test_private_places_of_a_configuration() -> None:
