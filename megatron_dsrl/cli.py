@@ -17,11 +17,12 @@ from types import FrameType
 from megatron_dsrl import __version__
 from megatron_dsrl.commands import analyse, convert, evaluation, hub, plan, report, rollout, setup, train
 from megatron_dsrl.commands.arguments import Command, files_and_overrides
-from megatron_dsrl.common import process
 from megatron_dsrl.common.cpu_threads import limit_spinning
 from megatron_dsrl.common.disk import remedy
 from megatron_dsrl.common.errors import MachineError, UserError
-from megatron_dsrl.common.stop_signals import STOP_SIGNALS, end_at_next_signal, interrupt
+from megatron_dsrl.common.lost_output import leave_closed_pipe, leave_terminal
+from megatron_dsrl.common.process import end_with_launcher, launched_rank
+from megatron_dsrl.common.stop_signals import STOP_SIGNALS, end_at_next_signal, handling_signals, interrupt
 
 MACHINE_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
@@ -31,7 +32,7 @@ CLOSED_PIPE_STATUS = 141
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    process.end_with_launcher()
+    end_with_launcher()
     limit_spinning()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error("interrupted")
         return INTERRUPTED_STATUS
     except BrokenPipeError:
-        if not process.leave_closed_pipe():
+        if not leave_closed_pipe():
             raise
         return CLOSED_PIPE_STATUS
     except OSError as error:
@@ -112,11 +113,11 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         end_at_next_signal()
         if number == signal.SIGHUP:
-            process.leave_terminal()
+            leave_terminal()
         received.append(_EndedBySignal(number))
         interrupt(received[0])
 
-    with process.handling_signals(STOP_SIGNALS, end):
+    with handling_signals(STOP_SIGNALS, end):
         try:
             yield
         except Exception as error:
@@ -129,7 +130,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _print_error(message: str) -> None:
     """Every rank hits a wrong configuration, but only rank 0 reports it; `commands/train.py` names other ranks."""
-    if process.launched_rank() == 0:
+    if launched_rank() == 0:
         print(f"dsrl: {message}", file=sys.stderr, flush=True)
 
 

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from megatron_dsrl.analysis.behaviours import SYSTEM_PROMPT, USER_PROMPT, parse_answer, question
 from megatron_dsrl.analysis.responses import RecordedResponse
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import in_background
 from megatron_dsrl.observability.records import Record, append_record, repair_records
 from megatron_dsrl.rewards.http_request import Attempts, ask_chat_model
 

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from megatron_dsrl.common.process import launched_rank, leave_terminal
+from megatron_dsrl.common.lost_output import leave_terminal
+from megatron_dsrl.common.process import launched_rank
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -22,6 +24,22 @@ Value = TypeVar("Value")
 
 _cancel: Callable[[KeyboardInterrupt], None] | None = None
 """Cancels the coroutine that the main thread runs in `run_interruptible`."""
+
+
+@contextmanager
+def handling_signals(numbers: Iterable[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals in the block, except ignored ones (nohup ignores SIGHUP). Main thread only.
+
+    Handlers that the block itself has set stay.
+    """
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) == handle:
+                signal.signal(number, handler)
 
 
 def interrupt(error: KeyboardInterrupt) -> None:

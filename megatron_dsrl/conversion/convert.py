@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.collective import on_first, rank, together
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import in_background
 from megatron_dsrl.conversion import checks
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     CheckpointLayout,

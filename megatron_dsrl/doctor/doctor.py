@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.common.cpu_threads import has_bfloat16
-from megatron_dsrl.common.process import temporary_folder_problem
+from megatron_dsrl.common.temporary_folder import temporary_folder_problem
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
 from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation

@@ -24,7 +24,8 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import die_with_parent, require_short_temporary_folder
+from megatron_dsrl.common.process import die_with_parent
+from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import PlacedReward, RewardConfig
 from megatron_dsrl.rewards import registry
 from megatron_dsrl.rewards.score import Score, Verdict, score_of

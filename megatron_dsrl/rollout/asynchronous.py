@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
-from megatron_dsrl.common.process import in_background
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.rollout.batch import BatchSampler, OnSamples, RolloutBatch, ignore
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError

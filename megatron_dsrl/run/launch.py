@@ -18,7 +18,8 @@ from types import FrameType
 from megatron_dsrl.common.cpu_threads import usable_cores
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import HeldPort
-from megatron_dsrl.common.process import LAUNCHER_VARIABLE, handling_signals
+from megatron_dsrl.common.process import LAUNCHER_VARIABLE
+from megatron_dsrl.common.stop_signals import handling_signals
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from megatron_dsrl.common.process import handling_signals, leave_terminal
-from megatron_dsrl.common.stop_signals import end_at_next_signal, interrupt
+from megatron_dsrl.common.lost_output import leave_terminal
+from megatron_dsrl.common.stop_signals import end_at_next_signal, handling_signals, interrupt
 
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import require_short_temporary_folder
+from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.summary import RunFigures, derive

@@ -65,7 +65,7 @@ def test_under_nohup_it_continues(tmp_path) -> None:
 
 SIGNALLED_WHILE_IT_ENDS = """
 import atexit, os, signal
-from megatron_dsrl.common.process import handling_signals
+from megatron_dsrl.common.stop_signals import handling_signals
 from megatron_dsrl.run.preemption import Preempted, StopSignal
 
 def end(number, frame):

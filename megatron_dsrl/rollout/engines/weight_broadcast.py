@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
-from megatron_dsrl.common.process import in_background
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards
 from megatron_dsrl.rollout.engines.client import EngineClient

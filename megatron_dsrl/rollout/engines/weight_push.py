@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch.distributed
 
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.common.collective import first_problem, gather_within
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.numbers import counted
-from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
