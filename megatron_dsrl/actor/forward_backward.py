@@ -47,34 +47,10 @@ def run_schedule(
     the number of micro-batches is a multiple of the pipeline-parallel size. Returns, on the last stage, the result that
     each micro-batch's `score` keeps; on the other stages nothing.
     """
-
-    def forward_step(
-        iterator: Iterator[MicroBatch[Result]], chunk: MegatronModule
-    ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Result]]]:
-        """Run the next micro-batch through a model chunk, as Megatron's schedules call it.
-
-        Returns the output and the function that turns it into loss, token count and result."""
-        micro_batch = next(iterator)
-        row = micro_batch.row
-        output = chunk(
-            row.token_ids,
-            row.position_ids,
-            None,
-            packed_seq_params=_packed(row, chunk.config),
-            padding_mask=_padding_mask(row, chunk),
-            output_processor=output_at_rows,
-            output_processor_context=row.predicting_positions,
-        )
-        return output, partial(compute_loss, micro_batch)
-
-    def compute_loss(micro_batch: MicroBatch[Result], output: Any) -> tuple[Tensor, Tensor, Result]:
-        loss, kept = micro_batch.score(output)
-        return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
-
     iterators = [iter(micro_batches) for _ in chunks]
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=_forward_step,
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(micro_batches),
@@ -82,6 +58,31 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _forward_step(
+    iterator: Iterator[MicroBatch[Result]], chunk: MegatronModule
+) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Result]]]:
+    """Run the next micro-batch through a model chunk, as Megatron's schedules call it.
+
+    Returns the output and the function that turns it into loss, token count and result."""
+    micro_batch = next(iterator)
+    row = micro_batch.row
+    output = chunk(
+        row.token_ids,
+        row.position_ids,
+        None,
+        packed_seq_params=_packed(row, chunk.config),
+        padding_mask=_padding_mask(row, chunk),
+        output_processor=output_at_rows,
+        output_processor_context=row.predicting_positions,
+    )
+    return output, partial(_compute_loss, micro_batch)
+
+
+def _compute_loss(micro_batch: MicroBatch[Result], output: Any) -> tuple[Tensor, Tensor, Result]:
+    loss, kept = micro_batch.score(output)
+    return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
 
 
 def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:

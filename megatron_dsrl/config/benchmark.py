@@ -120,19 +120,7 @@ def load_benchmark(
         changes: fields to replace, such as `samples_per_prompt`.
         section: where the name was given, for messages.
     """
-    if name.endswith((".yaml", ".yml")):
-        path = name
-        try:
-            text = read_text(Path(name))
-        except ValueError as error:
-            raise UserError(f"{section}: cannot read {name}: {error}") from error
-    elif name in benchmark_names():
-        path, text = f"{name}.yaml", (BUILT_IN / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise UserError(
-            f"{section}: unknown benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
-            "path of a .yaml file that declares one"
-        )
+    path, text = _declaration(name, section)
     data, lines = parse_yaml(text, path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a benchmark: expected `key: value` lines")
@@ -151,3 +139,18 @@ def load_benchmark(
             raise UserError(f"{path}: {source} is not in {data_folder} (--data-folder); put it there, or use the hub")
         merged["source"] = str(file)
     return Benchmark(Path(path).stem, validated(BenchmarkConfig, merged, places, path, "benchmark"))
+
+
+def _declaration(name: str, section: str) -> tuple[str, str]:
+    """Path and text of the file that declares a benchmark."""
+    if name.endswith((".yaml", ".yml")):
+        try:
+            return name, read_text(Path(name))
+        except ValueError as error:
+            raise UserError(f"{section}: cannot read {name}: {error}") from error
+    if name in benchmark_names():
+        return f"{name}.yaml", (BUILT_IN / f"{name}.yaml").read_text(encoding="utf-8")
+    raise UserError(
+        f"{section}: unknown benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the path of a "
+        ".yaml file that declares one"
+    )

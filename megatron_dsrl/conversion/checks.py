@@ -91,12 +91,13 @@ def check_expected(architecture: Architecture, folder: Path, expected: Path | No
     if expected is None:
         return
     other = _expected_folder(expected)
-    refuse_drift(
-        architecture_fields(read_architecture(other)),
-        architecture_fields(architecture),
-        str(other / "config.json"),
-        str(folder / "config.json"),
-    )
+    check_same_architecture(read_architecture(other), other, architecture, folder)
+
+
+def check_same_architecture(expected: Architecture, its_folder: Path, found: Architecture, folder: Path) -> None:
+    """Raise UserError if the models of two folders differ; it names every field that does."""
+    files = (str(place / "config.json") for place in (its_folder, folder))
+    refuse_drift(architecture_fields(expected), architecture_fields(found), *files)
 
 
 def needed_for_conversion(source: Path, companions: Path, expected: Path | None) -> tuple[Path, ...]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_dsrl.common.collective import rank, together
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.conversion.checks import read_companion_architecture
+from megatron_dsrl.conversion.checks import check_same_architecture, read_companion_architecture
 from megatron_dsrl.conversion.work import Cast, my_entries, not_finite_message, overflow_message, with_progress
-from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
+from megatron_dsrl.model.architecture import Architecture, read_architecture
+from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
@@ -42,21 +42,11 @@ def verify(
         dtype: dtype of the conversion; None means that of the source.
         companions: folder with the config.json of the Megatron side; None means `megatron_folder`.
     """
-    companions = companions or megatron_folder
-    architecture = read_architecture(hf_folder)
-    megatron_architecture = read_companion_architecture(megatron_folder, companions)
-    check_record(megatron_folder, megatron_architecture)
-    refuse_drift(
-        architecture_fields(architecture),
-        architecture_fields(megatron_architecture),
-        str(hf_folder / "config.json"),
-        str(companions / "config.json"),
-    )
+    architecture = _same_architecture(hf_folder, megatron_folder, companions or megatron_folder)
     table = weight_table(architecture)
     hf, megatron = HfCheckpoint(hf_folder), MegatronCheckpoint(megatron_folder)
     check_hf_checkpoint(hf, table)
     check_megatron_checkpoint(megatron, table)
-
     parts = together(lambda: _compare_share(table, hf, megatron, source, dtype))
     differences = [line for part in parts for line in part.differences]
     if differences:
@@ -73,6 +63,14 @@ def verify(
     from megatron_dsrl.conversion.logits import compare_logits  # only this needs Megatron, whose import takes seconds
 
     compare_logits(hf_folder, megatron_folder, architecture, console)
+
+
+def _same_architecture(hf_folder: Path, megatron_folder: Path, companions: Path) -> Architecture:
+    """The architecture of both sides."""
+    hf, megatron = read_architecture(hf_folder), read_companion_architecture(megatron_folder, companions)
+    check_record(megatron_folder, megatron)
+    check_same_architecture(hf, hf_folder, megatron, companions)
+    return hf
 
 
 @dataclass(frozen=True)

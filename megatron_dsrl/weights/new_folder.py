@@ -52,23 +52,19 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None
 
+    @_writing(target)
     def start() -> Path:
         nonlocal lock
-        try:
-            _refuse_what_is_needed(target, needed)
-            _check_and_clean_up(target, overwrite)
-            lock = _new_lock(target)
-            lock.partial.mkdir()
-            return lock.partial
-        except OSError as error:
-            raise UserError(f"cannot write the model to {target}: {error}") from error
+        _refuse_what_is_needed(target, needed)
+        _check_and_clean_up(target, overwrite)
+        lock = _new_lock(target)
+        lock.partial.mkdir()
+        return lock.partial
 
+    @_writing(target)
     def publish() -> None:
-        try:
-            assert lock is not None
-            _publish(lock, target, overwrite)
-        except OSError as error:
-            raise UserError(f"cannot write the model to {target}: {error}") from error
+        assert lock is not None
+        _publish(lock, target, overwrite)
 
     try:
         partial = on_first(start)
@@ -78,6 +74,15 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
     finally:
         if rank() == 0 and lock is not None:
             _remove_leftovers(lock, target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Context, also as a decorator, for what writes the target: raises UserError in place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the model to {target}: {error}") from error
 
 
 @dataclass(frozen=True)
