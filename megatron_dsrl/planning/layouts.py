@@ -77,12 +77,10 @@ def overrides_of(plan: Plan, config: RunConfig) -> list[str]:
 
 
 def _layouts(run: PlannedRun) -> Iterator[PlannedRun]:
-    """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
-    samples = run.config.rollout.samples_per_step // run.config.actor.mini_batches_per_rollout
+    """Valid layouts with tensor parallelism within a node and work for every replica."""
     for parallel in _parallel_sizes(run.config.parallel, run.architecture):
         candidate = replace(run, config=run.config.model_copy(update={"parallel": parallel}))
-        has_work = samples >= run.world_size // parallel.model_parallel_size
-        if has_work and not layout_problems(candidate):
+        if candidate.has_work and not layout_problems(candidate):
             yield candidate
 
 

@@ -29,6 +29,12 @@ class PlannedRun:
     world_size: int
     assumptions: Assumptions
 
+    @property
+    def has_work(self) -> bool:
+        """Whether every data-parallel replica has a sample in every optimizer step."""
+        samples = self.config.rollout.samples_per_step // self.config.actor.mini_batches_per_rollout
+        return samples >= self.world_size // self.config.parallel.model_parallel_size
+
     def with_fields(self, section: str, **fields: Any) -> "PlannedRun":
         """The same with other values of a section of the configuration."""
         return replace(self, config=self.config.with_fields(section, **fields))

@@ -208,9 +208,10 @@ def print_scale(run: PlannedRun, world_sizes: Sequence[int], console: Console) -
                 "choose other numbers"
             )
         growing.append(estimate_step(with_batch_for(run, world_size // world_sizes[0]), costs))
-        same.append(estimate_step(run, costs))
+        if run.has_work:
+            same.append(estimate_step(run, costs))
     console.print(_table("the batch grows with the GPUs", growing))
-    console.print(_table("the batch stays", [each for each in same if _has_work(run, each)]))
+    console.print(_table("the batch stays", same))
     limit = first_limit(growing)
     if limit:
         world_size, part = limit
@@ -218,12 +219,6 @@ def print_scale(run: PlannedRun, world_sizes: Sequence[int], console: Console) -
     else:
         console.print("Nothing breaks up to here.")
     console.print(_constants_table(costs, run.assumptions))
-
-
-def _has_work(run: PlannedRun, estimate: StepEstimate) -> bool:
-    """Whether every data-parallel replica has a sample in every optimizer step."""
-    replicas = estimate.world_size // run.config.parallel.model_parallel_size
-    return estimate.samples // run.config.actor.mini_batches_per_rollout >= replicas
 
 
 def _table(title: str, estimates: Sequence[StepEstimate]) -> Table:

@@ -25,7 +25,7 @@ class CardEvaluation:
     """Per problem: k of Avg@k."""
     accuracy: float
     standard_error: float | None
-    before: float | None
+    before: float | None = None
     """Accuracy before training, if it was measured."""
     pass_at_k: float | None = None
     """With k = `samples`."""
@@ -38,10 +38,10 @@ def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
         UserError: a file is damaged.
     """
     benchmarks = {
-        name: _evaluation(
-            summary,
+        name: CardEvaluation(
             summary["title"],
             _hub_name(name),
+            **_measured(summary),
             pass_at_k=results.pass_at_k(name).get(summary["samples_per_prompt"]),
         )
         for results in results_of_run(run_folder)
@@ -51,26 +51,22 @@ def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
     records = [one for one in read_records(run_folder / EVALUATION_FILE) if one.get("accuracy") is not None]
     before = {record["set"]: record["accuracy"] for record in records if record["step"] == 0}
     held_out = {
-        record["set"]: _evaluation(record, record["set"], record["set"], before=before.get(record["set"]))
+        record["set"]: CardEvaluation(
+            record["set"], record["set"], **_measured(record), before=before.get(record["set"])
+        )
         for record in records
         if record["step"] == step
     }
     return [*benchmarks.values(), *held_out.values()]
 
 
-def _evaluation(
-    values: Mapping[str, Any], title: str, dataset: str, before: float | None = None, pass_at_k: float | None = None
-) -> CardEvaluation:
-    return CardEvaluation(
-        title,
-        dataset,
-        problems=values["problems"],
-        samples=values["samples_per_prompt"],
-        accuracy=values["accuracy"],
-        standard_error=values.get("standard_error"),
-        before=before,
-        pass_at_k=pass_at_k,
-    )
+def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "problems": values["problems"],
+        "samples": values["samples_per_prompt"],
+        "accuracy": values["accuracy"],
+        "standard_error": values.get("standard_error"),
+    }
 
 
 def _hub_name(benchmark: str) -> str:
@@ -83,21 +79,17 @@ def _hub_name(benchmark: str) -> str:
 
 def model_index(evaluations: Sequence[CardEvaluation]) -> list[EvalResult]:
     """The evaluations in the hub's format, in percent."""
-    found = []
-    for one in evaluations:
-        metrics = {("accuracy", f"Avg@{one.samples}"): one.accuracy}
-        if one.pass_at_k is not None and one.samples > 1:
-            metrics["pass@k", f"Pass@{one.samples}"] = one.pass_at_k
-        found += [
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=one.dataset,
-                dataset_name=one.title,
-                metric_type=kind,
-                metric_name=name,
-                metric_value=round(100 * value, 2),
-            )
-            for (kind, name), value in metrics.items()
-        ]
-    return found
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=one.dataset,
+            dataset_name=one.title,
+            metric_type=kind,
+            metric_name=f"{name}@{one.samples}",
+            metric_value=round(100 * value, 2),
+        )
+        for one in evaluations
+        for kind, name, value in (("accuracy", "Avg", one.accuracy), ("pass@k", "Pass", one.pass_at_k))
+        if value is not None and (kind, one.samples) != ("pass@k", 1)  # which is Avg@1
+    ]

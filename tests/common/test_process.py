@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 
 from tests.support.tiny_run import REPOSITORY, launcher
+from tests.support.waiting import wait_until
 
 RANK = """
 import os, pathlib, sys, time
@@ -24,18 +24,11 @@ def test_ranks_end_with_a_killed_torchrun(tmp_path: Path) -> None:
     torchrun = subprocess.Popen([*launcher(2), str(tmp_path / "rank.py"), str(tmp_path)], env=environment)
     try:
         files = [tmp_path / "0", tmp_path / "1"]
-        assert within_seconds(60, lambda: all(file.exists() and file.read_text() for file in files))
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
         torchrun.kill()
         torchrun.wait()
         ranks = [int(file.read_text()) for file in files]
-        assert within_seconds(5, lambda: not any(map(psutil.pid_exists, ranks)))
+        wait_until(lambda: not any(map(psutil.pid_exists, ranks)), 5)
     finally:
         torchrun.kill()
         torchrun.wait()
-
-
-def within_seconds(limit: float, what) -> bool:
-    deadline = time.monotonic() + limit
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return what()

@@ -19,6 +19,7 @@ from megatron_dsrl.common.scratch_folder import NEW_SECONDS
 from megatron_dsrl.rewards.sandbox import PREFIX, Limits, Outcome, UnitTests, run_program
 from tests.support.sandbox_limits import LIMITS
 from tests.support.tiny_run import REPOSITORY
+from tests.support.waiting import wait_until
 
 ORDINARY_USER = 12345
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -322,7 +323,8 @@ def test_nothing_is_left_when_the_caller_is_killed(
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
     caller = psutil.Popen([sys.executable, "-c", script], env=environment)
-    family = _wait_for_family(caller, 3)
+    wait_until(lambda: len(caller.children(recursive=True)) >= 3, 60)
+    family = caller.children(recursive=True)
     caller.kill()
     caller.wait()
     assert psutil.wait_procs(family, timeout=20)[1] == []
@@ -332,14 +334,6 @@ def test_nothing_is_left_when_the_caller_is_killed(
         _make_old(folder)
     run_in(tmp_path, "pass")
     assert list(tmp_path.iterdir()) == []
-
-
-def _wait_for_family(process: psutil.Process, size: int) -> list[psutil.Process]:
-    deadline = time.monotonic() + 60
-    while len(family := process.children(recursive=True)) < size:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return family
 
 
 def _make_old(folder: Path) -> None:

@@ -4,10 +4,10 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.support.tiny_run import REPOSITORY
+from tests.support.waiting import wait_until
 
 TRAINS = """
 import pathlib, sys, time
@@ -43,9 +43,7 @@ def start_in_terminal(folder: Path, seconds: float, first: str = "") -> tuple["s
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     os.close(terminal)
-    deadline = time.monotonic() + 60
-    while not (folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until((folder / "started").exists, 60)
     return process, master
 
 

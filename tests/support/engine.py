@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -141,6 +144,15 @@ def server_process(engine: EngineAddress) -> int:
         and any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in process.net_connections())
     )
     return found
+
+
+def start_servers_as(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processes of servers run this Python program instead of SGLang."""
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
+        lambda command, **options: start([sys.executable, "-c", program], **options),
+    )
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:

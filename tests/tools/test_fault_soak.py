@@ -15,6 +15,7 @@ import pytest
 from megatron_dsrl.observability.records import METRICS_FILE
 from tests.support.compare_runs import different_records
 from tests.support.tiny_run import REPOSITORY
+from tests.support.waiting import wait_until
 from tools.fault_soak.__main__ import main
 from tools.fault_soak.fault import FAULTS, KILLED, Fault, Moment, all_faults
 from tools.fault_soak.file_faults import damage
@@ -78,9 +79,7 @@ def test_processes_are_found_below_their_launcher_only() -> None:
     command = ["bash", "-c", f"RANK=1 {rank} & RANK=0 {rank} & wait"]
     first, other = (subprocess.Popen(command, start_new_session=True) for _ in range(2))
     try:
-        deadline = time.monotonic() + 30
-        while len(ranks(process_tree(first.pid))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(ranks(process_tree(first.pid))) == 2, 30)
         tree = process_tree(first.pid)
         assert [process.environ()["RANK"] for process in ranks(tree)] == ["0", "1"]
         assert [process.pid for process in launcher(tree)] == [first.pid]

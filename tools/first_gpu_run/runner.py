@@ -9,6 +9,7 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.planning.fit import run_memory
+from megatron_dsrl.planning.memory import element_bytes
 from megatron_dsrl.planning.parameters import parameters_of_model
 from tools.first_gpu_run.run_files import RunFiles, write_run
 from tools.first_gpu_run.stages import BENCHMARKS_ON_CPU, Stage
@@ -23,7 +24,6 @@ from tools.gpu_record.run_figures import speeds
 
 LAST_LINES = 40
 """Lines of a failed stage's output that belong in the record."""
-BYTES_PER_PARAMETER = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def run_stages(
@@ -122,7 +122,7 @@ def _config(files: RunFiles) -> RunConfig:
 def _figures(files: RunFiles, outcome: Outcome) -> dict[str, str]:
     """Implementations, speeds, and the planned memory of a run."""
     config, architecture, gpu = _config(files), read_architecture(files.model_folder), this_gpu()
-    weight_bytes = parameters_of_model(architecture) * BYTES_PER_PARAMETER[config.model.dtype]
+    weight_bytes = parameters_of_model(architecture) * element_bytes(config.model)
     lines = outcome.last_lines(10**6)
     said = next((line for line in lines if line.startswith("trainer: ")), "trainer: unknown")
     return {

@@ -20,6 +20,7 @@ from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.planning.memory import element_bytes
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient
@@ -27,7 +28,6 @@ from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten, serialise
 
 SHARED_MEMORY = Path("/dev/shm")
-BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
 
 
 def push_weights(
@@ -121,7 +121,7 @@ def check_shared_memory(config: RolloutSettings, ranks: int) -> None:
     """Check that /dev/shm has room for the buckets of a CPU run: each of this machine's ranks fills one while an engine
     copies another. Raises UserError if it does not."""
     architecture = read_architecture(resolve_model_folder(config.model.path))
-    size = BYTES_PER_PARAMETER[config.model.dtype]
+    size = element_bytes(config.model)
     largest_tensor = size * architecture.vocab_size * architecture.hidden_size
     largest_bucket = max(config.engine.weight_bucket_megabytes * 2**20, largest_tensor)
     needed = min(size * parameters_of_model(architecture), 2 * largest_bucket)

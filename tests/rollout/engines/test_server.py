@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.server_process import shared_memory_files
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import push_weights
-from tests.support.engine import processes_of_group, tiny_run_config
+from tests.support.engine import processes_of_group, start_servers_as, tiny_run_config
+from tests.support.waiting import wait_until
 
 KEY = "key-of-the-test"
 
@@ -50,13 +50,6 @@ def make_server(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..
     yield make
     for server in servers:
         server.stop()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
 
 
 def test_a_port_in_use_is_named_before_anything_starts(make_server) -> None:
@@ -99,10 +92,9 @@ def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server) -> Non
     server = make_server()
     server.start()
     group = server.process_id
-    started = []
-    assert wait_for(lambda: started.extend(schedulers_of(group)) or started, seconds=150)
+    wait_until(lambda: bool(schedulers_of(group)), seconds=150)
 
-    started[0].kill()
+    schedulers_of(group)[0].kill()
 
     with pytest.raises(EngineStartError, match="was killed by SIGKILL, as from the kernel when memory runs out"):
         server.wait_until_ready()
@@ -126,7 +118,7 @@ def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_notice
     group = server.process_id
     server.wait_until_ready()
     log = tmp_path / "engines" / "engine_0.log"
-    assert wait_for(lambda: "Freezing GC in Scheduler process" in log.read_text(), seconds=20)
+    wait_until(lambda: "Freezing GC in Scheduler process" in log.read_text(), seconds=20)
     assert len(processes_of_group(group)) >= 3  # server, scheduler, detokenizer
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{server.url}/model_info")
@@ -140,10 +132,10 @@ def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_notice
 
     assert "update_weights_from_tensor" in problem
     assert list(buckets) == [], "other ranks wait until every rank has drawn the last bucket"
-    assert wait_for(lambda: not processes_of_group(group), seconds=20)
+    wait_until(lambda: not processes_of_group(group), seconds=20)
     with pytest.raises((UserError, EngineStartError), match="(?s)(exited with status|was killed).*engine_0.log"):
         # A process counts as ended when the last of its threads has, a moment after the first.
-        wait_for(lambda: server.check_alive(), seconds=20)
+        wait_until(lambda: server.check_alive(), seconds=20)
     server.stop()  # again, with nothing left to do
     assert not any(file.exists() for file in shared_memory)
 
@@ -158,17 +150,10 @@ def listening_beyond_loopback(group: int) -> list[str]:
     ]
 
 
-SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
-
-
 @pytest.fixture
 def without_sglang(monkeypatch) -> None:
     """The server's process only sleeps: what matters is what happens before SGLang has opened its port."""
-    start = subprocess.Popen
-    monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
-        lambda command, **options: start(SLEEPER, **options),
-    )
+    start_servers_as("import time; time.sleep(60)", monkeypatch)
 
 
 def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make_server, without_sglang) -> None:
@@ -226,12 +211,7 @@ def test_a_server_that_is_killed_again_and_again_is_not_a_users_mistake(
 
 
 def test_a_failure_of_the_gpu_is_not_a_users_mistake(make_server, monkeypatch) -> None:
-    start = subprocess.Popen
-    fails = [sys.executable, "-c", "input(); raise SystemExit('torch.AcceleratorError: CUDA error: out of memory')"]
-    monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
-        lambda command, **options: start(fails, **options),
-    )
+    start_servers_as("input(); raise SystemExit('torch.AcceleratorError: CUDA error: out of memory')", monkeypatch)
     server = make_server()
     server.start()
     with pytest.raises(EngineStartError, match="(?s)exited with status 1; .*AcceleratorError: CUDA error"):
@@ -258,7 +238,7 @@ def test_an_engine_that_loses_its_port_while_it_loads_ends_and_the_other_one_is_
     server.start()
     port = int(server.url.rpartition(":")[2])
     with socket.create_server(("127.0.0.1", port)):
-        assert wait_for(server.has_ended, seconds=150)  # uvicorn cannot listen
+        wait_until(server.has_ended, seconds=150)  # uvicorn cannot listen
     with pytest.raises(EngineStartError, match=f"another program listens at http://127.0.0.1:{port}"):
         server.check_alive()
 
@@ -290,11 +270,11 @@ def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path) -> Non
     try:
         group = int(owner.stdout.readline())
         # Just started is the hard case: SGLang's own precaution is not in place yet.
-        assert wait_for(lambda: len(processes_of_group(group)) >= 3, seconds=90)  # server, scheduler, detokenizer
+        wait_until(lambda: len(processes_of_group(group)) >= 3, seconds=90)  # server, scheduler, detokenizer
         owner.send_signal(signal.SIGKILL)
         owner.wait(10)
 
-        assert wait_for(lambda: not processes_of_group(group), seconds=5)
+        wait_until(lambda: not processes_of_group(group), seconds=5)
     finally:
         owner.kill()
         owner.wait()

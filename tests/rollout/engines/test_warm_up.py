@@ -1,8 +1,6 @@
 """Requests that have a new engine compile its kernels."""
 
 import asyncio
-import subprocess
-import sys
 
 import pytest
 
@@ -12,7 +10,7 @@ from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
-from tests.support.engine import processes_of_group, tiny_run_config
+from tests.support.engine import processes_of_group, start_servers_as, tiny_run_config
 
 
 def test_an_engine_samples_in_every_way_and_one_that_is_gone_is_an_error(engine_rollout) -> None:
@@ -42,11 +40,7 @@ http.server.HTTPServer((order["host"], order["port"]), Handler).serve_forever()
 
 def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monkeypatch) -> None:
     """One that does not warm up in time is stopped; it may be started again."""
-    start, program = subprocess.Popen, [sys.executable, "-c", ANSWERS_AT_ONCE]
-    monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
-        lambda command, **options: start(program, **options),
-    )
+    start_servers_as(ANSWERS_AT_ONCE, monkeypatch)
     seconds_left = []
 
     def take_too_long(seconds: float) -> None:
