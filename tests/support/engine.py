@@ -151,7 +151,9 @@ def start_servers_as(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = subprocess.Popen
     monkeypatch.setattr(
         "megatron_dsrl.rollout.engines.server_process.subprocess.Popen",
-        lambda command, **options: start([sys.executable, "-c", program], **options),
+        lambda command, **options: start(
+            [sys.executable, "-c", program] if SERVER_MAIN in command else command, **options
+        ),
     )
 
 
