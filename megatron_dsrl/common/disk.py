@@ -27,7 +27,7 @@ _REMEDIES = {
 
 def remedy(error: OSError) -> str | None:
     """What a user can do about a file that cannot be used; None if the cause may be a bug."""
-    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # never bugs, as failed writes
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # failed writes are never bugs
         return None
     return next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), None)
 

@@ -17,18 +17,18 @@ NEW_SECONDS = 60.0
 
 
 def only_the_folder(folder: Path) -> None:
-    """Nothing else belongs to it."""
+    """The default for `before_removal`: nothing else to remove."""
 
 
 class ScratchFolder:
     """A new folder. Its owner removes it."""
 
     def __init__(self, prefix: str, before_removal: Callable[[Path], None] = only_the_folder) -> None:
-        """Also removes the folders of this kind that this user's killed processes have left.
+        """Also removes the folders of this kind that the user's killed processes left behind.
 
         Args:
             prefix: beginning of the folder's name, which only folders of this kind have.
-            before_removal: called with a folder that was left, to remove what else belongs to it.
+            before_removal: called with a folder that was left behind, to remove what else belongs to it.
         """
         for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
             with suppress(OSError):  # removed meanwhile, or in use

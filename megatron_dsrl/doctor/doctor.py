@@ -251,12 +251,12 @@ def examine_sandbox() -> Finding:
     problem = missing_isolation()
     if problem is None:
         return Finding("sandbox", "ok", "programs of the verifier `code` can be isolated")
-    advice = f"the verifier `code` refuses to run here, everything else works. {ADVICE}"
+    advice = f"the verifier `code` refuses to run here; everything else works. {ADVICE}"
     return Finding("sandbox", "note", f"programs cannot be isolated: {problem}", advice)
 
 
 def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) -> Finding:
-    """A C compiler, with which Triton builds the launchers of its kernels on a GPU."""
+    """A C compiler, which Triton needs to build the launchers of its kernels on a GPU."""
     candidates = (environment.get("CC", "gcc"), "cc")
     compiler = next(filter(None, (shutil.which(name, path=environment.get("PATH")) for name in candidates)), None)
     if compiler:

@@ -145,7 +145,7 @@ class EngineServer:
         number = -status if status < 0 else status - 128
         if is_full(self.log_file.parent):
             raise UserError(
-                f"{self.log_file}: the disk is full, and an SGLang server ends when it cannot write its log; free "
+                f"{self.log_file}: the disk is full, and an SGLang server exits when it cannot write its log; free "
                 "space, then run the command again"
             )
         if number in set(signal.Signals):
