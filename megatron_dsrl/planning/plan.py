@@ -1,5 +1,6 @@
 """Whether a run fits, what a step costs, and what the run leaves on disk. layouts.py searches for layouts that fit."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from megatron_dsrl.algorithms.schedule import passes_of_run
@@ -81,27 +82,15 @@ def _memory(run: PlannedRun) -> RunMemory:
     return run_memory(run.config, run.architecture, run.gpu.memory_bytes, run.world_size)
 
 
-def largest_micro_batch(run: PlannedRun) -> int | None:
-    """The largest token budget of a micro-batch with which an update fits, in steps of 1,024; None if none does."""
-    return _largest("actor", "max_tokens_per_micro_batch", run)
+def largest_length(run: PlannedRun, section: str, field: str) -> int | None:
+    """The largest value of a field in tokens with which an update fits and the engine's cache holds one sequence, in
+    steps of 1,024 up to 1,024 of them; None if none does."""
 
+    def is_too_long(steps: int) -> bool:
+        memory = _memory(run.with_fields(section, **{field: steps * 1024}))
+        return memory.peak_update > memory.capacity or not memory.holds_one_sequence
 
-def largest_response(run: PlannedRun) -> int | None:
-    """The longest response with which an update fits and the engine's cache holds one sequence, in steps of 1,024
-    tokens; None if none does."""
-    return _largest("rollout", "max_response_tokens", run)
-
-
-def _largest(section: str, field: str, run: PlannedRun) -> int | None:
-    low, high = 0, 1024  # in units of 1,024 tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        memory = _memory(run.with_fields(section, **{field: middle * 1024}))
-        if memory.peak_update <= memory.capacity and memory.holds_one_sequence:
-            low = middle
-        else:
-            high = middle - 1
-    return low * 1024 or None
+    return 1024 * bisect_left(range(1, 1025), True, key=is_too_long) or None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES,
 from megatron_dsrl.planning.host_memory import HostMemory
 from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.parameters import adapter_parameters_of_stage, parameters_of_model
-from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, run_files
+from megatron_dsrl.planning.plan import Plan, RunFiles, largest_length, run_files
 from megatron_dsrl.planning.planned_run import PlannedRun
 
 GIB = 2**30
@@ -30,9 +30,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(share, highlight=False)
     console.print(_time_table(plan))
     console.print(_rest_of_the_run(config, run_files(config, architecture)), soft_wrap=True, highlight=False)
-    micro_batch, response = largest_micro_batch(plan.run), largest_response(plan.run)
-    console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
-    console.print(f"largest rollout.max_response_tokens that fits: {_tokens(response)}")
+    for section, field in (("actor", "max_tokens_per_micro_batch"), ("rollout", "max_response_tokens")):
+        largest = largest_length(plan.run, section, field)
+        console.print(f"largest {section}.{field} that fits: {f'{largest:,}' if largest else 'none'}")
     if plan.memory.engines_elsewhere:
         console.print("The engines are on other devices (engine.urls): their memory is not counted.")
     else:
@@ -209,7 +209,3 @@ def _rest_of_the_run(config: RunConfig, files: RunFiles) -> str:
     kept = f"checkpoints {files.checkpoints} x {gib(files.checkpoint_bytes)}"
     kept += f", exports {files.exports} x {gib(files.export_bytes)}"
     return f"not in these hours: {counted(evaluations, 'evaluation')}{of_sets}\non disk: {kept}; and samples and logs"
-
-
-def _tokens(count: int | None) -> str:
-    return "none" if count is None else f"{count:,}"

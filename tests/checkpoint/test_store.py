@@ -32,6 +32,7 @@ from megatron_dsrl.config.run import RunConfig
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config
+from tests.support.waiting import wait_until
 
 LAYOUT = ProcessLayout(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, distributed_optimizer=False)
 
@@ -222,10 +223,7 @@ def save_and_never_end(root: Path) -> None:
 def test_kill_9_during_a_save_in_the_background_leaves_the_checkpoint_before_it(tmp_path) -> None:
     process = start_one_process(save_and_never_end, tmp_path)
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / ".partial_step_000002" / "megatron" / "__0_0.distcp").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until((tmp_path / ".partial_step_000002" / "megatron" / "__0_0.distcp").exists, 60)
     finally:
         process.kill()
         process.wait()
@@ -255,11 +253,7 @@ def held() -> type[Held]:
 
 
 def poll_until(store: Store, what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        store.poll()
-        time.sleep(0.001)
+    wait_until(lambda: store.poll() or what(), 60, pause_seconds=0.001)
 
 
 def test_a_save_in_the_background_is_published_when_it_is_complete(tmp_path, held) -> None:

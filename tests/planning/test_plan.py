@@ -11,7 +11,7 @@ from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest
-from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, make_plan, run_files
+from megatron_dsrl.planning.plan import Plan, RunFiles, largest_length, make_plan, run_files
 from megatron_dsrl.planning.planned_run import Assumptions, PlannedRun
 from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
@@ -46,14 +46,10 @@ def test_the_papers_run_fits_on_one_node_of_h100_but_not_of_40_gib() -> None:
     assert not plan_of(gpu="a100-40").fits
 
 
-@pytest.mark.parametrize("limit", [largest_micro_batch, largest_response])
-def test_the_largest_length_fits_and_the_next_one_does_not(limit) -> None:
-    field = {
-        largest_micro_batch: "actor.max_tokens_per_micro_batch",
-        largest_response: "rollout.max_response_tokens",
-    }[limit]
+@pytest.mark.parametrize("field", ["actor.max_tokens_per_micro_batch", "rollout.max_response_tokens"])
+def test_the_largest_length_fits_and_the_next_one_does_not(field) -> None:
     unlimited = "engine.max_context_tokens=null"
-    largest = limit(planned(unlimited))
+    largest = largest_length(planned(unlimited), *field.split("."))
     assert plan_of(unlimited, f"{field}={largest}").fits
     assert not plan_of(unlimited, f"{field}={largest + 1024}").fits
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_dsrl.common.collective import world_size
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform import current_platform
@@ -91,10 +92,6 @@ def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractConte
         return waiting("no engine is started: the data set has the responses")
     limit = f"limit {config.engine.startup_timeout_seconds:g} s"
     if config.engine.urls:
-        return waiting(f"waiting for {_engines(len(config.engine.urls))}", f"engine.urls, {limit}")
-    count = _engines(world_size() // config.engine.tensor_parallel_size)
+        return waiting(f"waiting for {counted(len(config.engine.urls), 'engine')}", f"engine.urls, {limit}")
+    count = counted(world_size() // config.engine.tensor_parallel_size, "engine")
     return waiting(f"starting {count}", f"{current_platform().usual_engine_start}; log: {run_folder / 'engines'}")
-
-
-def _engines(count: int) -> str:
-    return "1 engine" if count == 1 else f"{count} engines"

@@ -3,7 +3,6 @@
 import atexit
 import logging
 import signal
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -79,11 +78,7 @@ class EngineServer:
         return None if self._running is None else self._running.process.pid
 
     def start(self) -> None:
-        """Start the subprocess and return at once. Raises UserError if the port is in use.
-
-        Main thread only: the subprocess ends when the thread that started it does.
-        """
-        assert threading.current_thread() is threading.main_thread()
+        """Start the subprocess and return at once. Main thread only. Raises UserError if the port is in use."""
         assert self._running is None, "the server was started before"
         self._held = self._held or HeldPort(self.host, self.port)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
