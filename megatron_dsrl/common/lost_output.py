@@ -1,4 +1,4 @@
-"""Standard output and error that lead nowhere any more: a closed pipe, a closed terminal."""
+"""Standard output and error whose reader is gone: a closed pipe, a closed terminal."""
 
 import os
 import select

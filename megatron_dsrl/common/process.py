@@ -1,4 +1,4 @@
-"""What started this process, and how it ends with it (Linux)."""
+"""Processes that started this one, and exiting with them (Linux)."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The process of an SGLang server: how it is started and ended, with what it has started and leaves behind.
+"""Starts the process of an SGLang server, and ends it, with its descendants and the files that it leaves behind.
 
 Importing SGLang is most of an engine's start on a CPU, and nothing about the run matters to it except a few environment
 variables. So a training run starts the process before it imports Megatron itself, and passes the arguments when the run
@@ -67,8 +67,8 @@ class ServerProcess:
         """Have the process become the server; returns at once.
 
         Args:
-            key: what every caller must send; None: the server answers everybody.
-            log_file: its output from now on is appended.
+            key: every caller must send it; None: the server answers everyone.
+            log_file: receives its output from now on.
         """
         # Not arguments of the process, which every user of the machine could read.
         variables = {**environment, **({} if key is None else {API_KEY_VARIABLE: key})}
@@ -162,7 +162,7 @@ def shared_memory_files(process_id: int) -> set[Path]:
 
 
 def note_files(files: Iterable[Path], scratch: Path) -> None:
-    """Have the next process that finds the server's scratch folder left behind remove these files."""
+    """Note these files in the server's scratch folder: a process that finds it left behind removes them."""
     with suppress(OSError):  # a full disk, or a folder that the machine has removed
         (scratch / NOTED_FILES).write_text("\n".join(map(str, files)))
 
