@@ -7,6 +7,7 @@ it runs, so that `--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     end_with_launcher()
     limit_spinning()
+    _print_every_character()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _flushing_output():
@@ -62,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _print_error(f"{error.filename or 'a file'}: {error.strerror}; {advice}")
         return USER_ERROR_STATUS
+
+
+def _print_every_character() -> None:
+    """Print characters that the output's encoding lacks, and bytes of file names that are not text, as escapes."""
+    output = sys.stdout
+    if isinstance(output, io.TextIOWrapper) and (output.encoding.lower() != "utf-8" or output.errors == "strict"):
+        output.reconfigure(errors="backslashreplace")
 
 
 def _find_modules_here() -> None:

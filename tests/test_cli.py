@@ -53,6 +53,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_output_is_escaped_where_its_encoding_lacks_a_character(folder) -> None:
+    (folder / "train.jsonl").rename(folder / "é.jsonl")
+    for encoding, shown in (("ascii", rb"\xe9.jsonl"), ("latin-1", b"\xe9.jsonl"), ("utf-8", "é.jsonl".encode())):
+        command = [sys.executable, "-m", "megatron_dsrl.cli", "train", "run.yaml", "data.source=é.jsonl", "--dry-run"]
+        result = subprocess.run(command, env=environment(PYTHONIOENCODING=encoding), cwd=folder, capture_output=True)
+        assert result.returncode == 0 and shown in result.stdout, (encoding, result.stderr)
+
+
 def environment(**variables: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return inherited | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"} | variables

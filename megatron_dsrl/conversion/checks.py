@@ -54,7 +54,7 @@ def check_tokenizer(folder: Path, architecture: Architecture) -> None:
         if not path.exists():
             continue
         try:
-            ids = read_ids(json.loads(path.read_text()))
+            ids = read_ids(json.loads(path.read_bytes()))
             token, number = max(ids.items(), key=lambda item: item[1], default=("", -1))
             too_large = number >= architecture.vocab_size
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -38,7 +38,8 @@ class CheckpointRecord:
 
     def write(self, folder: Path) -> None:
         """Write the record into a checkpoint's folder."""
-        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def architecture_fields(architecture: Architecture) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def read_record(folder: Path) -> CheckpointRecord | None:
     if not path.exists():
         return None
     try:
-        record = CheckpointRecord(**json.loads(path.read_text()))
+        record = CheckpointRecord(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if record.format_version > FORMAT_VERSION:

@@ -91,7 +91,7 @@ class HfCheckpoint:
     def _read_index(self) -> dict[str, Path]:
         index = self.folder / INDEX_FILE
         try:
-            files = json.loads(index.read_text())["weight_map"]
+            files = json.loads(index.read_bytes())["weight_map"]
             placed = {name: self.folder / file for name, file in files.items() if not name.endswith(COMPUTED)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} cannot be read as a safetensors index: {error!r}") from error

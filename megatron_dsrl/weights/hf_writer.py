@@ -117,12 +117,12 @@ def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes:
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`.
     Raises UserError if one cannot be written."""
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_bytes())
     # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since then; both read the older name.
     for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
         config[field] = torch_dtype_name(dtype)
     with writing(folder / "config.json"):
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
         if path.is_file():
             copy = folder / path.relative_to(source)

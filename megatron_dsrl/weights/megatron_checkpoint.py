@@ -122,7 +122,7 @@ def _what_it_is_instead(folder: Path) -> str:
 def is_megatron_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a distributed checkpoint. Needs no Megatron, whose import takes seconds."""
     try:
-        content = json.loads((folder / FORMAT_FILE).read_text())
+        content = json.loads((folder / FORMAT_FILE).read_bytes())
     except (OSError, ValueError):  # none, or that of another program
         return False
     return isinstance(content, dict) and "sharded_backend" in content
