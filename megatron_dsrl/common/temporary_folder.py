@@ -1,4 +1,4 @@
-"""The length of the temporary folder's name: the paths of the sockets in it are limited (Linux)."""
+"""Whether the temporary folder can be used: it must be writable, and the paths of sockets in it are limited (Linux)."""
 
 import os
 import tempfile
@@ -12,8 +12,14 @@ LONGEST_NAME = "/torch-shm-dir-xxxxxx/manager.sock"
 
 
 def temporary_folder_problem() -> str | None:
-    """What is wrong with the name of the temporary folder, and what to do; None if nothing is."""
-    folder = tempfile.gettempdir()
+    """What is wrong with the temporary folder, and what to do; None if nothing is."""
+    chosen = os.environ.get("TMPDIR")
+    if chosen and not os.access(chosen, os.W_OK | os.X_OK):  # Python then takes another folder, but torch does not
+        return f"TMPDIR: {chosen} is not a folder that can be written to; set it to one, such as /tmp, or unset it"
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        return f"TMPDIR: {error.strerror}; set it to a folder that can be written to"
     limit = LONGEST_SOCKET_PATH - len(LONGEST_NAME)
     length = len(os.fsencode(folder))
     if length <= limit:
@@ -24,7 +30,7 @@ def temporary_folder_problem() -> str | None:
     )
 
 
-def require_short_temporary_folder() -> None:
-    """Raise UserError if the temporary folder's name is too long."""
+def require_temporary_folder() -> None:
+    """Raise UserError if the temporary folder cannot be written to, or its name is too long."""
     if problem := temporary_folder_problem():
         raise UserError(problem)

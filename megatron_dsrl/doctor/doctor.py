@@ -271,7 +271,7 @@ def examine_temporary_folder() -> Finding:
     problem = temporary_folder_problem()
     if problem is None:
         return Finding("temporary folder", "ok", tempfile.gettempdir())
-    return Finding("temporary folder", "problem", "its name is too long", problem)
+    return Finding("temporary folder", "problem", "cannot be used", problem)
 
 
 def examine_open_files() -> Finding:

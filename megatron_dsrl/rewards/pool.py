@@ -25,7 +25,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import die_with_parent
-from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
+from megatron_dsrl.common.temporary_folder import require_temporary_folder
 from megatron_dsrl.config.data import PlacedReward, RewardConfig
 from megatron_dsrl.rewards import registry
 from megatron_dsrl.rewards.score import Score, Verdict, score_of
@@ -56,9 +56,9 @@ class RewardPool:
         `set_rewards` are those of prompt sets that have their own, by the set's name.
 
         Raises UserError, before any process is started, if a reward function does not exist, does not take the options
-        or may take longer than its `timeout_seconds`, or the name of the temporary folder is too long for sockets.
+        or may take longer than its `timeout_seconds`, or the temporary folder cannot be used.
         """
-        require_short_temporary_folder()
+        require_temporary_folder()
         self._config = config
         self._default = PlacedReward(section, config)
         self._set_rewards = dict(set_rewards or {})

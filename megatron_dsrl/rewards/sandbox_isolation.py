@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.temporary_folder import require_temporary_folder
 from megatron_dsrl.rewards.registry import Fields
 from megatron_dsrl.rewards.sandbox import Limits, run_program
 
@@ -45,6 +46,7 @@ ADVICE = (
 def missing_isolation() -> str | None:
     """Why programs cannot be isolated on this machine; None if they can. Tries it with a program once per process."""
     try:
+        require_temporary_folder()
         outcome = run_program(PROBE, PROBE_LIMITS)
     except UserError as error:
         return str(error)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
+from megatron_dsrl.common.temporary_folder import require_temporary_folder
 from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.summary import RunFigures, derive
@@ -24,9 +24,9 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
 
     Reads only config.json of local models, and counts the rows of local prompt files. Raises UserError if a model or a
     local prompt file is missing or unreadable, the architecture is not supported, the critic's or reference's differs,
-    the layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
+    the layout does not fit (see `derive` and `check_models`), or the temporary folder cannot be used.
     """
-    require_short_temporary_folder()
+    require_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     figures = derive(config, world_size, architecture.shape, count_training_prompts(config.data, config.made_by))
     for position, held_out in enumerate(config.evaluation.sets):  # all must exist

@@ -1,5 +1,6 @@
 """The checks of a run against its model and data."""
 
+import errno
 import json
 import re
 import tempfile
@@ -142,6 +143,21 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, 
         preflight(config, 1)
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 72)
     preflight(config, 1)
+
+
+def test_a_temporary_folder_that_cannot_be_written_to_is_named(config, monkeypatch) -> None:
+    """As where a cluster's TMPDIR is a job's folder that other nodes do not have."""
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    with pytest.raises(UserError, match="^TMPDIR: /no/such/folder is not a folder that can be written to"):
+        preflight(config, 1)
+
+    def none_found() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(tempfile, "gettempdir", none_found)
+    with pytest.raises(UserError, match="^TMPDIR: No usable temporary directory found in"):
+        preflight(config, 1)
 
 
 def test_cut_distributions_are_named_before_the_start(config) -> None:
