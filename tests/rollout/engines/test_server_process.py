@@ -48,9 +48,8 @@ def test_a_process_that_its_parent_has_left_behind_has_ended_as_well() -> None:
 
 def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
     """Here Python itself does not start; usually it is an import that fails."""
-    starting = ServerProcess({"PYTHONHOME": "/nowhere"})
     log = tmp_path / "engines" / "engine_0.log"
-    server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
+    server = EngineServer({}, {"PYTHONHOME": "/nowhere"}, log, startup_timeout_seconds=30.0)
     server.start()
     with pytest.raises(UserError, match="exited with status 1(.|\n)*No module named 'encodings'"):
         server.wait_until_ready()
@@ -59,10 +58,9 @@ def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
 
 
 def test_a_server_that_ends_because_the_disk_is_full_is_not_restarted(tmp_path) -> None:
-    starting = ServerProcess({"PYTHONHOME": "/nowhere"})
     with small_disk(tmp_path / "disk"):
         log = tmp_path / "disk" / "engine_0.log"
-        server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
+        server = EngineServer({}, {"PYTHONHOME": "/nowhere"}, log, startup_timeout_seconds=30.0)
         server.start()
         fill_disk(log.parent)
         with pytest.raises(UserError, match=f"^{log}: the disk is full"):

@@ -4,13 +4,11 @@ import asyncio
 
 import pytest
 
-from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server import EngineServer
-from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
-from tests.support.engine import processes_of_group, start_servers_as, tiny_run_config
+from tests.support.engine import processes_of_group, start_servers_as
 
 
 def test_an_engine_samples_in_every_way_and_one_that_is_gone_is_an_error(engine_rollout) -> None:
@@ -38,7 +36,7 @@ http.server.HTTPServer((order["host"], order["port"]), Handler).serve_forever()
 """A server that is up at once; the other test of this file warms up a real one."""
 
 
-def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monkeypatch) -> None:
+def test_a_new_engine_is_ready_once_it_is_warm(tmp_path, monkeypatch) -> None:
     """One that does not warm up in time is stopped; it may be started again."""
     start_servers_as(ANSWERS_AT_ONCE, monkeypatch)
     seconds_left = []
@@ -47,14 +45,7 @@ def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monk
         seconds_left.append(seconds)
         raise EngineError("too slow")
 
-    config = tiny_run_config(tiny_model_folder)
-    server = EngineServer(
-        server_arguments(config, engine=0),
-        engine_environment(tensor_parallel_size=1),
-        log_file=tmp_path / "engine_0.log",
-        startup_timeout_seconds=120.0,
-        warm_up=take_too_long,
-    )
+    server = EngineServer({}, {}, tmp_path / "engine_0.log", startup_timeout_seconds=120.0, warm_up=take_too_long)
     server.start()
     group = server.process_id
     with pytest.raises(EngineStartError, match="too slow"):
