@@ -1,6 +1,8 @@
 """Output files of an analysis: records as JSON lines, a summary, a figure, and its charts for the report."""
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,14 @@ def output_folder(source: Path, asked_for: Path | None) -> Path:
     if asked_for is not None:
         return asked_for
     return source / FOLDER if source.is_dir() else source.parent.parent / FOLDER / source.stem
+
+
+def check_writable(folder: Path) -> None:
+    """Create the folder, before hours of work for its files. Raises OSError, with its name, if it cannot be written
+    to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def write_analysis(

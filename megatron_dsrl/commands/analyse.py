@@ -152,11 +152,13 @@ def _behaviours(options: argparse.Namespace) -> int:
 def _gradients(options: argparse.Namespace) -> int:
     with loading_megatron(sys.stderr):
         from megatron_dsrl.analysis.alignment import charts, summary
+        from megatron_dsrl.analysis.outputs import check_writable, output_folder
         from megatron_dsrl.analysis.scoring import analyse_gradients, gradient_settings
         from megatron_dsrl.common.collective import rank
         from megatron_dsrl.model.parallel import destroy_parallel
 
     config = gradient_settings(options.source, options.model, options.overrides)
+    check_writable(output_folder(options.source, options.output))
     responses = analyse_gradients(options.source, config, options.steps, options.responses, options.seed)
     records = []
     try:

@@ -35,6 +35,7 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
         raise UserError(f"{target} is not empty; choose another folder with --output")
     summaries = {}
     try:
+        target.mkdir(parents=True, exist_ok=True)
         with RewardPool(reward) as pool:
             for name, before in results.benchmarks.items():
                 source = evaluation / "samples" / f"{name}.jsonl"

@@ -79,6 +79,8 @@ def test_thoughts_of_a_sample_file(tmp_path) -> None:
         (["behaviours", "{run}", "--url", "localhost", "--judge", "j"], "expected an address such as http://"),
         (["gradients", "{run}", "--model", "{folder}/nothing"], "no such folder:"),
         (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: expected 'im_start'"),
+        # before the model is read, which is not there
+        (["gradients", "{run}", "--model", "{folder}", "--output", "{run}/config.yaml/x"], "x: Not a directory"),
     ],
 )
 def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message) -> None:
