@@ -95,11 +95,11 @@ def read_completions(
 
 def _completion(answer: Answer) -> Completion:
     """One response of `/generate`, without its experts."""
-    reason = answer.meta["finish_reason"]
-    if reason["type"] not in ("stop", "length", "abort"):
+    reason = answer.meta.get("finish_reason")
+    if not isinstance(reason, dict) or reason.get("type") not in ("stop", "length", "abort"):
         raise EngineError(f"it ended a sample with {reason!r:.500}")
-    tokens = len(answer.response_ids)
-    assert len(answer.log_probs) == tokens, f"{len(answer.log_probs)} log-probs for {tokens} tokens"
+    if len(answer.log_probs) != len(answer.response_ids):
+        raise EngineError(f"it returned {len(answer.log_probs)} log-probs for {len(answer.response_ids)} tokens")
     finite = np.isfinite(np.asarray(answer.log_probs))
     if not finite.all():
         position = int(finite.argmin())

@@ -61,3 +61,19 @@ def test_answers_that_are_not_samples_are_refused() -> None:
         read_json(b'[{"output_ids": []}]')
     with pytest.raises(EngineError, match="2 samples to 3 requests"):
         read_completions(read_json(orjson.dumps(ANSWERS[:2])), REQUESTS, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"finish_reason": None}, "it ended a sample with None"),
+        ({"finish_reason": "stop"}, "it ended a sample with 'stop'"),
+        ({"finish_reason": {"type": "error"}}, "it ended a sample with {'type': 'error'}"),
+        ({"output_token_logprobs": []}, "it returned 0 log-probs for 2 tokens"),
+    ],
+)
+def test_a_sample_without_its_parts_is_an_error_of_the_engine(change: dict[str, Any], message: str) -> None:
+    sample = answer([5, 6], [-0.5, -1.0])
+    sample["meta_info"] |= change
+    with pytest.raises(EngineError, match=message):
+        read_completions(read_json(orjson.dumps([sample])), REQUESTS[:1], SAMPLING)
