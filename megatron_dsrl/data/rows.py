@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.hub import asking_hub
+from megatron_dsrl.common.hub import asking_hub, can_reach_hub
 from megatron_dsrl.config.data import PromptSetConfig
 
 Row = dict[str, Any]
@@ -230,6 +230,8 @@ def _read_folder(config: PromptSetConfig, folder: Path, section: str) -> Iterato
 def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:
     import datasets  # imported here: it takes seconds, and local files do not need it
 
+    if not can_reach_hub():  # otherwise half a minute of retries for each subset, even of a cached one
+        datasets.config.HF_HUB_OFFLINE = True
     subsets = config.subset if isinstance(config.subset, list) else [config.subset]
     kind = f"data set (subset {config.subset!r}, split {config.split!r})"
     with asking_hub(f"{section}.source", config.source, kind, local=f"{', '.join(LOCAL_SUFFIXES)} file"):

@@ -329,11 +329,16 @@ def test_bad_source_is_named(tmp_path, tokenizer, name, content, message) -> Non
 
 
 def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """A hub that is out of reach is asked once, not again for every data set."""
+    asked: list[object] = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("megatron_dsrl.data.rows.can_reach_hub", lambda: False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **options: asked.append(address))
     with pytest.raises(UserError, match="data.source: no such file or folder: .*no-such-folder; create it, or"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
-    with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and"):
+    with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .*, and .* cannot be reached"):
         load_prompts(config("someone/nothing"), tokenizer)
+    assert not asked
 
 
 def test_a_chat_template_that_refuses_a_prompt(tmp_path, tokenizer) -> None:
