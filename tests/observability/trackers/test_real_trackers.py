@@ -99,7 +99,8 @@ def run(service, tmp_path_factory) -> Path:
     with open(config.parent / "killed.log", "w") as log:
         training = subprocess.Popen(command, env=service.environment, cwd=REPOSITORY, stdout=log, stderr=log)
     deadline = time.monotonic() + 900
-    while not ((folder / "metrics.jsonl").exists() and len(records(folder)) >= 3):
+    checkpoint = folder / "checkpoints" / "step_000002"  # is written while the third step runs
+    while not (checkpoint.exists() and len(records(folder)) >= 3):
         assert training.poll() is None and time.monotonic() < deadline, (config.parent / "killed.log").read_text()
         time.sleep(0.02)
     training.kill()
