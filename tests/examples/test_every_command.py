@@ -51,7 +51,7 @@ STANDS_FOR = {
     r"\bSOURCE\b": ".cache/tiny_dsrl/base",
     r"\bTARGET\b": "base.mcore",
     r"\bHF MEGATRON\b": "tiny_dsrl.hf runs/tiny_dsrl",
-    r"CONFIG$": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
+    r"\bCONFIG\b(?!\.yaml)": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
     r"CONFIG.yaml --benchmarks NAME,NAME": "configs/dsrl_qwen3_8b.yaml --benchmarks math500",
     r"GRPO=RUN DSRL=RUN": "GRPO=runs/a DSRL=runs/c",
     r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
