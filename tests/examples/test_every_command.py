@@ -31,9 +31,9 @@ COMMAND_SECONDS = 1200
 
 NOT_HERE = {
     r"^mlflow server|observability.trackers=|^dsrl upload": "tests/observability/trackers/test_real_trackers.py does",
-    r"^bash tools/run_tests.sh": "runs these tests",
+    r"^bash tools/run_tests.sh(?! tests/actor)": "runs these tests",
     r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
-    r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
+    r"^bash tools/local_slurm.sh": "tests/slurm/test_jobs.py uses what it installs",
     r"^docker |^apptainer |^enroot |install.sh wheels": "the images; tests/tools/test_image.py lints them",
     r"NVIDIA/apex|^git -C apex|check_sources.py": "downloads sources; tests/tools/test_image.py has a small package",
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where uv is installed",
