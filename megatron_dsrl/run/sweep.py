@@ -103,7 +103,7 @@ def run_sweep(runs: Sequence[SweepRun], processes: int) -> list[SweepRun]:
         try:
             return [run for run, status in zip(missing, pool.map(trainings.run, missing)) if status != 0]
         except BaseException:
-            trainings.stop()  # and the pool waits for them
+            trainings.stop()
             raise
 
 
@@ -120,8 +120,9 @@ class _Trainings:
     """The processes of the runs, which are asked to stop together."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._changed = threading.Condition()
+        self._running: list[subprocess.Popen[bytes]] = []
+        """Started, and their end not reported yet."""
         self._is_stopped = False
 
     def run(self, run: SweepRun) -> int:
@@ -130,23 +131,30 @@ class _Trainings:
         with open(run.log, "a", encoding="utf-8") as log:
             began = log.tell()  # the log may have the output of earlier starts
             process = self._start(run, log)
-            if process is None:
-                return PREEMPTED_STATUS
+        if process is None:
+            return PREEMPTED_STATUS
+        try:
             status = process.wait()
-        if status != 0 and self._is_stopped:  # a run that is still starting has nothing to save, and just ends
-            status = PREEMPTED_STATUS
-        print(f"{run.method}, seed {run.seed}: {_outcome(run, status, began)}", flush=True)
+            if status != 0 and self._is_stopped:  # a run that is still starting has nothing to save, and just ends
+                status = PREEMPTED_STATUS
+            print(f"{run.method}, seed {run.seed}: {_outcome(run, status, began)}", flush=True)
+        finally:
+            with self._changed:
+                self._running.remove(process)
+                self._changed.notify_all()
         return status
 
     def stop(self) -> None:
-        """Ask all to save their state and to exit; no more are started."""
-        with self._lock:
+        """Ask all to save their state and to exit, and wait for them; no more are started."""
+        with self._changed:
             self._is_stopped = True
-            for process in self._started:
+            for process in self._running:
                 process.terminate()  # does nothing for one that has ended
+            # Ctrl-C may have come while the pool was starting a thread, for which it then does not wait
+            self._changed.wait_for(lambda: not self._running)
 
     def _start(self, run: SweepRun, log: TextIO) -> "subprocess.Popen[bytes] | None":
-        with self._lock:
+        with self._changed:
             if self._is_stopped:
                 return None
             process = subprocess.Popen(
@@ -157,7 +165,7 @@ class _Trainings:
                 env=os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_VARIABLE: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C in a terminal would end it before its state is saved
             )
-            self._started.append(process)
+            self._running.append(process)
             return process
 
 

@@ -12,6 +12,7 @@ import yaml
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.run.sweep import load_sweep, run_sweep, runs_of
 from tests.support.tiny_run import dsrl, write_tiny_run
+from tests.support.waiting import wait_until
 
 
 def write_sweep(folder: Path, **changes) -> Path:
@@ -138,6 +139,24 @@ def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypat
     ]
     # runs of a sweep that is killed end with it
     assert (tmp_path / "started").read_text() == f"{os.getpid()}\n"
+
+
+def test_an_interrupt_while_the_pool_starts_its_thread_waits_for_the_run_too(tmp_path, monkeypatch, capsys) -> None:
+    write_tiny_run(tmp_path)
+    replace_training(
+        tmp_path, monkeypatch, "trap 'sleep 0.3; exit 75' TERM\ntouch started\nwhile :; do sleep 0.05; done\n"
+    )
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        wait_until((tmp_path / "started").exists, 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(runs_of(load_sweep(write_sweep(tmp_path)), tmp_path), 1)
+    assert "GRPO, seed 1: stopped" in capsys.readouterr().out
 
 
 @pytest.mark.slow
